@@ -1,0 +1,333 @@
+"""The VMD network: a masked-diffusion transformer (DiT) conditioned on one Gaussian latent per block.
+
+    model = VMD(Config(vocab_size=10, seq_len=4, block_size=2))
+    mu, logvar = model.encode(xt, x0)           # q(z^b | x_t^b, x_0^{<=b}),       each (B, K, Z)
+    logits = model.decode(xt, x0, z)            # p(x_0^{b,i} | x_t^b, x_0^{<b}, z^{<=b}), (B, L, V)
+
+Source: "Variational Masked Diffusion Models", Sections 3 and 4 and Appendix C; the transformer is that of
+BD3-LM (Arriola et al. 2025). Needs torch only and imports nothing of this project: copy it.
+
+Key: B batch, L sequence length, r block size, K = L/r blocks, D width, H heads, Z latent size, V vocabulary.
+Data ids are 0..V-1; the mask has id V and is never an output. t runs from 0 (clean) to 1 (all masked).
+latent_dim = 0 is the baseline without latents: MDM (one block), BD3-LM (several), autoregressive (r = 1).
+"""
+
+import pickle
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CONDITIONING = ("adaln", "shared", "add")
+POOLING = ("mean", "gated")
+LOGVAR_RANGE = (-12.0, 8.0)   # clamp: sigma from e^-6 to e^4
+LOGVAR_INIT = -4.0            # sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
+CHECKPOINT_VERSION = 1
+
+
+@dataclass
+class Config:
+    """Everything that fixes the network's shape. Raises ValueError on values that do not fit together."""
+
+    vocab_size: int               # V, without the mask
+    seq_len: int                  # L
+    block_size: int               # r; L for one block
+    width: int = 64               # D
+    heads: int = 4                # H
+    layers: int = 8               # decoder
+    encoder_layers: int = 2
+    latent_dim: int = 32          # Z per block; 0: no latent, no encoder
+    conditioning: str = "adaln"   # how z enters the decoder: adaln (C.1), shared (C.2), add (C.3)
+    pooling: str = "mean"         # how the encoder summarises a block: mean (C.1) or gated (C.2)
+    prefix_len: int = 0           # the first tokens are always given (a puzzle, a prompt): gated pooling skips them
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(f"{f.name} must be an integer, not {value!r}")
+        low = dict(latent_dim=0, prefix_len=0, encoder_layers=1 if self.latent_dim else 0)
+        for f in fields(self):
+            if f.type is int and getattr(self, f.name) < low.get(f.name, 1):
+                raise ValueError(f"{f.name} must be at least {low.get(f.name, 1)}, not {getattr(self, f.name)}")
+        if self.seq_len % self.block_size:
+            raise ValueError(f"block_size {self.block_size} does not divide the sequence length {self.seq_len}")
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width {self.width} must be a multiple of 2 x heads = {2 * self.heads} (rotary halves)")
+        if self.conditioning not in CONDITIONING:
+            raise ValueError(f"conditioning {self.conditioning!r} is not one of {', '.join(CONDITIONING)}")
+        if self.pooling not in POOLING:
+            raise ValueError(f"pooling {self.pooling!r} is not one of {', '.join(POOLING)}")
+        if self.prefix_len and self.prefix_len % self.seq_len > self.seq_len - self.block_size:
+            raise ValueError(f"prefix_len {self.prefix_len} leaves a block without a token to predict")
+
+
+def norm(layer, x):
+    """LayerNorm in float32 whatever the autocast dtype. x (..., D) -> (..., D) float32."""
+    return F.layer_norm(x.float(), layer.normalized_shape, layer.weight.float(), None, layer.eps)
+
+
+def rotary(start, length, dim, device):
+    """Cosines and sines of RoPE (Su et al. 2021) for positions start..start+length-1: each (length, dim/2)."""
+    freq = 10000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+    angle = torch.arange(start, start + length, device=device)[:, None] * freq
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotates feature pairs (i, i + d/2) of x (..., S, d) by the position's angles (S, d/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+
+class Layer(nn.Module):
+    """One DiT block (Peebles & Xie 2023) over a noisy and a clean stream of blocks.
+
+    `ada` holds the six modulation vectors (gamma1, beta1, alpha1, gamma2, beta2, alpha2). Without z they are learned
+    constants, as in BD3-LM, whose time conditioning is constant; z adds to them (Appendix C.1).
+    # differs from the paper: LN(x) * (1 + gamma) + beta, as DiT does; the paper prints LN(x) * gamma + beta.
+    """
+
+    def __init__(self, D, H):
+        super().__init__()
+        self.heads = H
+        self.norm1, self.norm2 = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.out = nn.Linear(D, D, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU("tanh"), nn.Linear(4 * D, D))
+        self.ada = nn.Parameter(torch.zeros(6, D))
+
+    def forward(self, h, n, mod, rope, masks, past, last):
+        """h (B, n + m, r, D): n noisy blocks, then m clean ones -> the same, and this layer's clean keys and values.
+
+        mod: None or (B, n + m, 1, 6, D), added to `ada`; past: None or the (k, v) of the clean blocks before these.
+        last: the clean stream ends here, only its keys and values are wanted; (B, n, r, D) comes back.
+        """
+        B, S, r, D = h.shape
+        ada = self.ada if mod is None else self.ada + mod                # (B, S, 1, 6, D) or (6, D)
+        g1, b1, a1, g2, b2, a2 = ada.unbind(-2)                          # each (B, S, 1, D) or (D,)
+        x = self.qkv(norm(self.norm1, h) * (1 + g1) + b1)                # (B, S, r, 3D)
+        x = x.view(B, S * r, 3, self.heads, -1).permute(2, 0, 3, 1, 4)   # (3, B, H, S r, D/H)
+        (q, k), v = rotate(x[:2], *rope), x[2]
+        k, k_clean = k.split([n * r, (S - n) * r], dim=2)
+        v, v_clean = v.split([n * r, (S - n) * r], dim=2)
+        if past is not None:
+            k_clean, v_clean = torch.cat([past[0], k_clean], 2), torch.cat([past[1], v_clean], 2)
+        if k_clean.shape[2]:
+            k, v = torch.cat([k_clean, k], dim=2), torch.cat([v_clean, v], dim=2)
+        y = F.scaled_dot_product_attention(q[:, :, : n * r], k, v, masks[0])
+        if S > n and last:
+            h, a1, g2, b2, a2 = (u if u.dim() == 1 else u[:, :n] for u in (h, a1, g2, b2, a2))
+        elif S > n:
+            y = torch.cat([y, F.scaled_dot_product_attention(q[:, :, n * r:], k_clean, v_clean, masks[1])], 2)
+        y = y.transpose(1, 2).reshape(B, -1, r, D)
+        h = h + a1 * self.out(y)
+        h = h + a2 * self.mlp(norm(self.norm2, h) * (1 + g2) + b2)
+        return h, (k_clean, v_clean)
+
+
+class Stack(nn.Module):
+    """Transformer layers in which noisy block b sees itself and clean blocks < b, and clean block b sees clean <= b.
+
+    With one block there is no clean stream, and nothing is computed for it. Positions: RoPE, and a learned embedding of the
+    place within the block. RoPE alone acts on attention scores only: where all values are equal, as in a fully masked first
+    block, every position would get the same output, and one step could not write "3 4".
+    """
+
+    def __init__(self, layers, D, H, r):
+        super().__init__()
+        self.place = nn.Embedding(r, D)
+        self.layers = nn.ModuleList(Layer(D, H) for _ in range(layers))
+
+    @staticmethod
+    def masks(n0, n, c0, m, r, device):
+        """Which keys (columns: clean blocks 0..c0+m-1, then noisy n0..n0+n-1) a query may see; None where all.
+
+        Returns the masks of noisy queries (n r, (c0 + m + n) r) and of clean queries (m r, (c0 + m) r).
+        """
+        def block(first, count):
+            return torch.arange(first, first + count, device=device).repeat_interleave(r)
+        noisy, clean, keys = block(n0, n)[:, None], block(c0, m)[:, None], block(0, c0 + m)
+        for_noisy = None if n == 1 else torch.cat([keys < noisy, noisy.T == noisy], dim=1)
+        return for_noisy, (None if m <= 1 else keys <= clean)
+
+    def forward(self, noisy, clean=None, mods=None, n0=0, c0=0, past=None):
+        """noisy (B, n, r, D) blocks n0.., clean (B, m, r, D) blocks c0.. (past holds those before c0).
+
+        mods: per layer None or (B, n + m, 1, 6, D). Returns (B, n, r, D) and the list of (k, v) of clean blocks.
+        """
+        h = noisy if clean is None else torch.cat([noisy, clean], dim=1)
+        n, m, r = noisy.shape[1], h.shape[1] - noisy.shape[1], noisy.shape[2]
+        h = h + self.place.weight
+        dim = h.shape[-1] // self.layers[0].heads
+        rope = [torch.cat(ab) for ab in zip(rotary(n0 * r, n * r, dim, h.device), rotary(c0 * r, m * r, dim, h.device))]
+        masks, kv = self.masks(n0, n, c0, m, r, h.device), []
+        for i, layer in enumerate(self.layers):
+            last = i == len(self.layers) - 1
+            h, new = layer(h, n, mods[i] if mods else None, rope, masks, past[i] if past else None, last)
+            kv.append(new)
+        return h, kv
+
+
+class Encoder(nn.Module):
+    """q(z^b | x_t^b, x_0^{<=b}): a mean and a log variance per block (Section 3.2).
+
+    # differs from the paper: position i of block b embeds x_t^i and x_0^i together, instead of the sequence [x_t ; x_0]
+    # of twice the length: what z^b may depend on is the same, at half the cost.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.pooling, self.prefix_len = c.pooling, c.prefix_len
+        self.embed_xt, self.embed_x0 = nn.Embedding(c.vocab_size + 1, c.width), nn.Embedding(c.vocab_size, c.width)
+        self.stack = Stack(c.encoder_layers, c.width, c.heads, c.block_size)
+        self.norm = nn.LayerNorm(c.width, bias=False)
+        self.gate = nn.Linear(c.width, 1) if c.pooling == "gated" else None
+        self.head = nn.Linear(c.width, 2 * c.latent_dim)
+        with torch.no_grad():
+            self.head.bias[: c.latent_dim] = 0
+            self.head.bias[c.latent_dim:] = LOGVAR_INIT
+
+    def forward(self, xt, x0):
+        """xt, x0 (B, K, r) ids -> mu, logvar (B, K, Z) float32."""
+        K, r = x0.shape[1:]
+        clean = self.embed_x0(x0)                                        # (B, K, r, D)
+        h, _ = self.stack(self.embed_xt(xt) + clean, clean[:, : K - 1] if K > 1 else None)
+        h = norm(self.norm, h)                                           # (B, K, r, D)
+        if self.gate is None:
+            h = h.mean(dim=2)                                            # (B, K, D)
+        else:
+            prefix = torch.arange(K * r, device=h.device).view(K, r, 1) < self.prefix_len
+            h = (self.gate(h).float().masked_fill(prefix, -1e9).softmax(dim=2) * h).sum(dim=2)
+        mu, logvar = self.head(h).float().chunk(2, dim=-1)
+        return mu, logvar.clamp(*LOGVAR_RANGE)
+
+
+class Conditioner(nn.Module):
+    """The latent pathway of the decoder: z -> modulations of every layer, or one vector added to the embedding.
+
+    adaln (C.1): MLP, then one Linear per layer (held as one matrix); shared (C.2): one Linear for all layers;
+    add (C.3): embedded, scaled, added to the token embedding.
+    # differs from the paper: weights start small, not at zero as in adaLN-Zero, so that the encoder has a gradient.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.kind, self.layers, D = c.conditioning, c.layers, c.width
+        self.mlp = nn.Sequential(nn.Linear(c.latent_dim, D), nn.SiLU(), nn.Linear(D, D))
+        if self.kind == "add":
+            self.scale = nn.Parameter(torch.tensor(1.0))
+        else:
+            self.mod = nn.Linear(D, 6 * D * (c.layers if self.kind == "adaln" else 1), bias=False)
+            nn.init.normal_(self.mod.weight, std=0.02)
+
+    def forward(self, z):
+        """z (B, S, Z), one per block -> (vector to add (B, S, 1, D) or None, modulations per layer or None)."""
+        B, S, _ = z.shape
+        e = self.mlp(z)                                                  # (B, S, D)
+        if self.kind == "add":
+            return (self.scale * e)[:, :, None], None
+        mods = self.mod(F.silu(e)).view(B, S, 1, -1, 6, e.shape[-1]).unbind(3)   # each (B, S, 1, 6, D)
+        return None, mods * (self.layers // len(mods))
+
+
+class Cache:
+    """Keys and values of finished blocks. `push` a finished block; the next decode_block runs it and keeps it."""
+
+    def __init__(self):
+        self.kv, self.blocks, self.pending = None, 0, []
+
+    def push(self, x, z):
+        """x (B, r) clean ids of the next block, z (B, 1, Z) or None."""
+        self.pending.append((x, z))
+
+
+class VMD(nn.Module):
+    """Decoder, encoder, prior and latent pathway of Variational Masked Diffusion; see the module's docstring."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.vocab_size, self.block_size, self.latent_dim = c.vocab_size, c.block_size, c.latent_dim
+        self.embed = nn.Embedding(c.vocab_size + 1, c.width)
+        self.stack = Stack(c.layers, c.width, c.heads, c.block_size)
+        self.norm = nn.LayerNorm(c.width, bias=False)
+        self.head = nn.Linear(c.width, c.vocab_size)
+        self.encoder = Encoder(c) if c.latent_dim else None
+        self.conditioner = Conditioner(c) if c.latent_dim else None
+
+    def param_counts(self):
+        """{decoder, encoder, latent pathway}: number of parameters; the first and last run at sampling."""
+        count = lambda m: sum(p.numel() for p in m.parameters()) if m is not None else 0
+        encoder, latent = count(self.encoder), count(self.conditioner)
+        return {"decoder": count(self) - encoder - latent, "encoder": encoder, "latent pathway": latent}
+
+    def blocks(self, x):
+        """(B, L') -> (B, L'/r, r); L' is a multiple of r, at most L."""
+        assert x.shape[1] % self.block_size == 0, f"length {x.shape[1]} is no multiple of {self.block_size}"
+        return x.view(x.shape[0], -1, self.block_size)
+
+    def encode(self, xt, x0):
+        """q(z^b | x_t^b, x_0^{<=b}). xt, x0 (B, L) ids -> mu, logvar (B, K, Z) float32."""
+        return self.encoder(self.blocks(xt), self.blocks(x0))
+
+    def prior(self, xt):
+        """p(z^b) = N(0, I). xt (B, L) -> mu, logvar (B, K, Z), zeros."""
+        zeros = torch.zeros(xt.shape[0], xt.shape[1] // self.block_size, self.latent_dim, device=xt.device)
+        return zeros, zeros
+
+    def decode(self, xt, x0, z):
+        """Training form: all blocks at once. xt, x0 (B, L) ids, z (B, K, Z) or None -> logits (B, L, V) float32.
+
+        Block b reads x_t^b, x_0^{<b} and z^{<=b} (the paper's x_0^{<=b} for the decoder is a slip).
+        """
+        xt, x0 = self.blocks(xt), self.blocks(x0)[:, :-1]               # (B, K, r), (B, K - 1, r)
+        if z is not None:
+            z = torch.cat([z, z[:, :-1]], dim=1)                         # (B, 2K - 1, Z)
+        return self._decode(xt, x0, z)[0].flatten(1, 2)
+
+    def decode_block(self, x, z, cache):
+        """Sampling form: one block after the cached ones. x (B, r) ids, z (B, 1, Z) or None -> logits (B, r, V).
+
+        Blocks pushed to the cache since the last call run in this same pass, each with its own latent.
+        """
+        x0 = torch.stack([p[0] for p in cache.pending], 1) if cache.pending else x[:, None][:, :0]
+        if z is not None:
+            z = torch.cat([z] + [p[1] for p in cache.pending], dim=1)
+        b = cache.blocks + len(cache.pending)
+        logits, kv = self._decode(x[:, None], x0, z, b, cache.blocks, cache.kv)
+        cache.kv, cache.blocks, cache.pending = kv, b, []
+        return logits[:, 0]
+
+    def new_cache(self):
+        """An empty Cache for decode_block."""
+        return Cache()
+
+    def _decode(self, noisy, clean, z, n0=0, c0=0, past=None):
+        n = noisy.shape[1]
+        h, mods = self.embed(torch.cat([noisy, clean], dim=1)), None     # (B, n + m, r, D)
+        if z is not None:
+            add, mods = self.conditioner(z)
+            h = h if add is None else h + add
+        h, kv = self.stack(h[:, :n], h[:, n:] if h.shape[1] > n else None, mods, n0, c0, past)
+        return self.head(norm(self.norm, h)).float(), kv                 # (B, n, r, V)
+
+
+def load_checkpoint(path, device="cpu", ema=True):
+    """Reads a file written by train.py -> (model in eval mode, checkpoint dict).
+
+    ema: use the averaged weights where the run kept them. Only tensors and plain values are unpickled
+    (weights_only=True). Raises FileNotFoundError, or ValueError if the file is not such a checkpoint.
+    """
+    try:
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no checkpoint at {path}; train one with: python train.py") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        raise ValueError(f"{path} is not a readable checkpoint: {str(e).splitlines()[0][:120]}") from None
+    if not isinstance(ckpt, dict) or ckpt.get("version") != CHECKPOINT_VERSION:
+        raise ValueError(f"{path} is not a version {CHECKPOINT_VERSION} checkpoint of this project")
+    model = VMD(Config(**ckpt["config"])).to(device)
+    model.load_state_dict(ckpt["ema"] if ema and ckpt["ema"] is not None else ckpt["model"])
+    return model.eval(), ckpt

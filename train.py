@@ -1,0 +1,402 @@
+"""Trains VMD, or with --latent-dim 0 its baseline, on one CPU, one GPU, or several with torchrun.
+
+    python train.py                                       # pairs, minutes on a laptop
+    python train.py --dataset d2 --block-size 2 --out out/d2
+    torchrun --standalone --nproc_per_node=2 train.py --dataset d1
+
+Writes last.pt and best.pt (lowest test loss) and log.jsonl to --out. Losses are nats per sequence.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+import data
+from diffusion import active_units, draw_noise, objective, sample
+from model import CHECKPOINT_VERSION, CONDITIONING, POOLING, VMD, Config, load_checkpoint
+
+# Appendix C.1, and a size for two CPU cores. What the paper leaves open: heads.
+PAPER = dict(width=64, heads=4, layers=8, encoder_layers=2, latent_dim=32, conditioning="adaln", pooling="mean",
+             batch_size=10_000, steps=2000, optimizer="adam", lr=1e-3, schedule="constant", warmup=0, weight_decay=0.0,
+             clip=0.0, ema=0.0, t_min=1e-3, kl_weight=1.0, kl_schedule="none", kl_start=1e-3, kl_ramp=(0.1, 0.6))
+CPU = PAPER | dict(layers=4, encoder_layers=1, batch_size=512, steps=2000, schedule="cosine", warmup=50, clip=1.0,
+                   t_min=0.1, kl_schedule="geometric")
+PRESETS = {name: {"paper": dict(PAPER), "cpu": dict(CPU)} for name in data.DATASETS}
+PRESETS["pairs"]["paper"]["kl_weight"] = 4.0    # C.1: "for the uniform data experiments"
+FREE_ON_RESUME = {"resume", "out", "device", "compile", "log_every", "eval_every"}
+EVAL_SEQUENCES = 2000
+
+
+def build_parser():
+    """The command line. Flags without a default of their own take the preset's."""
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", choices=data.DATASETS, default="pairs", help="what to learn")
+    g.add_argument("--data-path", metavar="FILE", help="array: an (N, L) integer .npy file")
+    g.add_argument("--vocab-size", type=int, help="array: V, if larger than the largest id plus one")
+    g.add_argument("--strength", type=float, default=1.0, help="pairs_strength: probability p of the successor, 0..1")
+    g.add_argument("--length", type=int, default=20, help="needle: sequence length L in tokens, at least 8")
+    g = p.add_argument_group("model (default: the preset's)")
+    g.add_argument("--preset", choices=("paper", "cpu"), help="paper: Appendix C; cpu: two cores; default: paper with CUDA, else cpu")
+    g.add_argument("--block-size", type=int, default=0, help="tokens per block r, a divisor of L; 0: one block")
+    for name, text in (("width", "D"), ("heads", "attention heads H"), ("layers", "decoder layers"),
+                       ("encoder-layers", "encoder layers"), ("latent-dim", "Z per block; 0: the baseline without latents")):
+        g.add_argument(f"--{name}", type=int, help=text)
+    g.add_argument("--conditioning", choices=CONDITIONING, help="how z enters the decoder")
+    g.add_argument("--pooling", choices=POOLING, help="how the encoder summarises a block")
+    g = p.add_argument_group("objective (default: the preset's)")
+    g.add_argument("--objective", choices=("vmd", "nelbo"), default="vmd", help="vmd: Eqs. 6, 8; nelbo: a likelihood bound")
+    g.add_argument("--objective-steps", type=int, default=0, help="nelbo: N, the sampler's steps per block; 0: infinity")
+    g.add_argument("--t-min", type=float, help="t is uniform on (t_min, 1]; clips the weight 1/t (not used with N steps)")
+    g.add_argument("--kl-weight", type=float, help="weight of the KL at the end of the ramp")
+    g.add_argument("--kl-schedule", choices=("none", "linear", "geometric"), help="how the weight rises from --kl-start")
+    g.add_argument("--kl-start", type=float, help="KL weight before the ramp, above 0")
+    g.add_argument("--kl-ramp", type=float, nargs=2, metavar=("FROM", "TO"), help="the ramp, as shares of the run, 0..1")
+    g = p.add_argument_group("optimisation (default: the preset's)")
+    g.add_argument("--steps", type=int, help="optimiser steps")
+    g.add_argument("--batch-size", type=int, help="sequences per step, over all processes")
+    g.add_argument("--grad-accum", type=int, default=1, help="micro-batches per step, to fit memory")
+    g.add_argument("--optimizer", choices=("adam", "adamw"), help="optimiser")
+    g.add_argument("--lr", type=float, help="peak learning rate")
+    g.add_argument("--schedule", choices=("constant", "cosine"), help="learning rate after warm-up")
+    g.add_argument("--warmup", type=int, help="steps of linear warm-up")
+    g.add_argument("--weight-decay", type=float, help="for adamw")
+    g.add_argument("--clip", type=float, help="largest gradient norm (of nats per token); 0: no clipping")
+    g.add_argument("--ema", type=float, help="decay of the averaged weights that are evaluated and sampled from; 0: none")
+    g = p.add_argument_group("run")
+    g.add_argument("--out", default="out", help="folder of checkpoints and log; an earlier run in it is moved aside")
+    g.add_argument("--resume", action="store_true", help="go on from last.pt in --out, bit for bit, with that run's settings")
+    g.add_argument("--init-from", metavar="CKPT", help="start from another checkpoint's decoder (E.5)")
+    g.add_argument("--freeze-decoder", action="store_true", help="with --init-from: train only encoder and latent pathway (E.5)")
+    g.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise; CUDA kernels may still differ in the last bit")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    g.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="autocast type")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the step")
+    g.add_argument("--log-every", type=int, default=100, help="steps between log lines")
+    g.add_argument("--eval-every", type=int, default=250, help="steps between evaluations, each after a checkpoint")
+    return p
+
+
+def settle(argv=None):
+    """argv -> (args with the preset filled in, the resumed checkpoint or None). Raises ValueError."""
+    parser = build_parser()
+    args = vars(parser.parse_args(argv))
+    parser.set_defaults(**dict.fromkeys(args, argparse.SUPPRESS))
+    given = vars(parser.parse_args(argv))
+    if args["resume"]:
+        _, ckpt = load_checkpoint(Path(args["out"]) / "last.pt", "cpu")
+        for k, v in given.items():
+            if k not in FREE_ON_RESUME and v != ckpt["args"][k]:
+                raise ValueError(f"--{k.replace('_', '-')} {v} contradicts the run to resume, which has {ckpt['args'][k]}")
+        free = {k: v for k, v in args.items() if k in FREE_ON_RESUME}
+        return argparse.Namespace(**(ckpt["args"] | free)), ckpt
+    args["preset"] = args["preset"] or ("paper" if args["device"].startswith("cuda") else "cpu")
+    preset = PRESETS[args["dataset"]][args["preset"]]
+    args = argparse.Namespace(**(args | preset | given | {"preset": args["preset"]}))
+    check(args)
+    return args, None
+
+
+def check(a):
+    """Raises ValueError on settings that are out of range or contradict each other."""
+    for k in ("steps", "batch_size", "grad_accum", "log_every", "eval_every"):
+        if getattr(a, k) < 1:
+            raise ValueError(f"--{k.replace('_', '-')} must be at least 1, not {getattr(a, k)}")
+    for k in ("lr", "kl_start"):
+        if not 0 < getattr(a, k) < math.inf:
+            raise ValueError(f"--{k.replace('_', '-')} must be a number above 0, not {getattr(a, k)}")
+    for k in ("kl_weight", "weight_decay", "clip", "warmup", "objective_steps"):
+        if not 0 <= getattr(a, k) < math.inf:
+            raise ValueError(f"--{k.replace('_', '-')} must be at least 0, not {getattr(a, k)}")
+    if not 0 <= a.ema < 1 or not 0 < a.t_min < 1:
+        raise ValueError(f"--ema must lie in [0, 1) and --t-min in (0, 1), not {a.ema} and {a.t_min}")
+    if not 0 <= a.kl_ramp[0] < a.kl_ramp[1] <= 1 or (a.kl_schedule == "geometric" and a.kl_weight == 0):
+        raise ValueError("--kl-ramp FROM TO needs 0 <= FROM < TO <= 1, and a geometric ramp a --kl-weight above 0")
+    if a.objective_steps and a.objective != "nelbo":
+        raise ValueError("--objective-steps needs --objective nelbo")
+    if a.freeze_decoder and not (a.init_from and a.latent_dim):
+        raise ValueError("--freeze-decoder needs --init-from, and a --latent-dim above 0 to train")
+    if (a.data_path or a.vocab_size) and a.dataset != "array":
+        raise ValueError(f"--data-path and --vocab-size are for --dataset array, not {a.dataset}")
+
+
+def kl_weight_at(progress, a):
+    """KL weight at a share 0..1 of the run: --kl-start, then up to --kl-weight over --kl-ramp, then held."""
+    if a.kl_schedule == "none":
+        return a.kl_weight
+    u = min(1.0, max(0.0, (progress - a.kl_ramp[0]) / (a.kl_ramp[1] - a.kl_ramp[0])))
+    if a.kl_schedule == "linear":
+        return a.kl_start + u * (a.kl_weight - a.kl_start)
+    return a.kl_start ** (1 - u) * a.kl_weight**u
+
+
+def lr_at(step, a):
+    """Learning rate: linear warm-up, then constant or a cosine to zero."""
+    if step < a.warmup:
+        return a.lr * (step + 1) / a.warmup
+    if a.schedule == "constant":
+        return a.lr
+    return a.lr * 0.5 * (1 + math.cos(math.pi * (step - a.warmup) / max(1, a.steps - a.warmup)))
+
+
+class Step(nn.Module):
+    """The objective as a module, so that DDP and torch.compile can wrap it."""
+
+    def __init__(self, model, kind):
+        super().__init__()
+        self.model, self.kind = model, kind
+
+    def forward(self, x0, noise, kl_weight):
+        """-> nats per token (to minimise), and detached loss, recon, kl in nats per sequence."""
+        terms = [v.mean() for v in objective(self.model, x0, noise, self.kind, kl_weight)]
+        return terms[0] / x0.shape[1], torch.stack(terms).detach()
+
+
+def save(path, state):
+    """Writes a checkpoint so that a kill at any moment leaves the old file or the new one."""
+    tmp = path.with_suffix(".tmp")
+    with open(tmp, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+@torch.no_grad()
+def evaluate(model, ds, a, samples=EVAL_SEQUENCES):
+    """Test loss at the final KL weight (nats per sequence), active latent units, and one-step metrics where truth is known.
+
+    Own seeds: training's random streams are not touched.
+    """
+    model.eval()
+    dev = next(model.parameters()).device
+    g, gd = torch.Generator().manual_seed(1), torch.Generator(dev).manual_seed(1)
+    x0 = ds.test(EVAL_SEQUENCES, g).to(dev)
+    noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, a.objective_steps or None, a.t_min, gd, dev)
+    loss, recon, kl = (v.mean().item() for v in objective(model, x0, noise, a.objective, a.kl_weight))
+    out = dict(loss=loss, recon=recon, kl=kl, active=active_units(model, x0).tolist())
+    if ds.entropy is not None:
+        masks = torch.full((samples, ds.seq_len), ds.vocab_size, device=dev)
+        temperature = 0.0 if model.latent_dim and a.dataset != "pairs_strength" else 1.0
+        x = sample(model, masks, 1, temperature=temperature, batch_size=2000, generator=g).cpu()
+        out |= {f"one_step_{k}": v for k, v in ds.metrics(x).items()}
+    model.train()
+    return out
+
+
+def independent(ds, n=20_000):
+    """What one step without a latent can reach at best: metrics of the product of the true marginals."""
+    x = ds.test(n, torch.Generator().manual_seed(2))
+    g = torch.Generator().manual_seed(3)
+    return ds.metrics(torch.stack([col[torch.randperm(n, generator=g)] for col in x.unbind(1)], dim=1))
+
+
+def announce(a, model, ds, log):
+    """Prints what will be trained, with what, and about how long it takes."""
+    counts = model.param_counts()
+    log(f"dataset {ds.name}: L {ds.seq_len}, V {ds.vocab_size}, {ds.seq_len // model.block_size} block(s) of {model.block_size}"
+        + (f", entropy {ds.entropy:.4f} nats" if ds.entropy is not None else ""))
+    log("parameters: " + ", ".join(f"{k} {v:,}" for k, v in counts.items()))
+    preset = PRESETS[a.dataset][a.preset]
+    log(f"preset {a.preset}: " + " ".join(f"{k}={getattr(a, k)}" for k in preset))
+    m = torch.randn(1024, 1024, device=a.device)
+    start = time.time()
+    for _ in range(8):
+        (m @ m).sum().item()
+    rate = 8 * 2 * 1024**3 / (time.time() - start)
+    flop = 6 * (counts["decoder"] * (2 - model.block_size / ds.seq_len) + counts["encoder"]) * ds.seq_len * a.batch_size * a.steps
+    log(f"about {flop:.1e} FLOP; at 30% of this {a.device}'s matmul rate now ({rate / 1e9:.0f} GFLOP/s): {clock(flop / rate / 0.3)}")
+
+
+def clock(seconds):
+    """Seconds -> '1 h 02 min', '3 min 04 s'."""
+    s = int(seconds)
+    return f"{s // 3600} h {s // 60 % 60:02d} min" if s >= 3600 else f"{s // 60} min {s % 60:02d} s"
+
+
+def setup(a, ckpt, rank):
+    """Dataset, model, optimizer, EMA and random streams, new or as the checkpoint left them."""
+    torch.manual_seed(a.seed)
+    ds = data.load(a.dataset, a.strength, a.length, a.data_path, a.vocab_size)
+    config = Config(ds.vocab_size, ds.seq_len, a.block_size or ds.seq_len, a.width, a.heads, a.layers, a.encoder_layers,
+                    a.latent_dim, a.conditioning, a.pooling)
+    model = VMD(config).to(a.device)
+    if a.init_from and ckpt is None:
+        source, _ = load_checkpoint(a.init_from, a.device)
+        weights = {k: v for k, v in source.state_dict().items() if not k.startswith(("encoder.", "conditioner."))}
+        own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith(("encoder.", "conditioner."))}
+        if own != {k: v.shape for k, v in weights.items()}:
+            raise ValueError(f"the decoder of {a.init_from} has another shape: {source.config}")
+        model.load_state_dict(weights, strict=False)
+    for k, p in model.named_parameters():
+        p.requires_grad_(not a.freeze_decoder or k.startswith(("encoder.", "conditioner.")))
+    cls = torch.optim.AdamW if a.optimizer == "adamw" else torch.optim.Adam
+    decay = a.weight_decay if a.optimizer == "adamw" else 0.0
+    opt = cls([p for p in model.parameters() if p.requires_grad], lr=a.lr, weight_decay=decay, fused=True)
+    average = torch.optim.swa_utils
+    ema = average.AveragedModel(model, multi_avg_fn=average.get_ema_multi_avg_fn(a.ema)) if a.ema else None
+    streams = {"data": torch.Generator().manual_seed(2 * a.seed), "noise": torch.Generator(a.device).manual_seed(2 * a.seed + 1)}
+    if ckpt is not None:
+        if asdict(config) != ckpt["config"]:
+            raise ValueError(f"the data no longer has the shape that the checkpoint was trained on: {ckpt['config']}")
+        model.load_state_dict(ckpt["model"])
+        opt.load_state_dict(ckpt["optimizer"])
+        for k, g in streams.items():
+            g.set_state(ckpt["rng"][k].cpu())
+        if ema:
+            ema.module.load_state_dict(ckpt["ema"])
+            ema.n_averaged.fill_(ckpt["step"])
+    return ds, model, opt, ema, streams
+
+
+def move_aside(out):
+    """Moves an earlier run's files in `out` to out/1, out/2, ... so that a new run loses nothing."""
+    old = [p for p in (out / n for n in ("last.pt", "best.pt", "log.jsonl")) if p.exists()]
+    if old:
+        to = next(out / str(i) for i in range(1, 10**6) if not (out / str(i)).exists())
+        to.mkdir()
+        for p in old:
+            p.rename(to / p.name)
+        print(f"moved the earlier run in {out} to {to}")
+
+
+def train(a, ckpt, rank, world):
+    """The training loop. Returns an exit status."""
+    ds, model, opt, ema, streams = setup(a, ckpt, rank)
+    parts = world * a.grad_accum
+    if a.batch_size % parts:
+        raise ValueError(f"--batch-size {a.batch_size} is not a multiple of processes x --grad-accum = {parts}")
+    out, log = Path(a.out), (tqdm.write if rank == 0 else lambda line: None)
+    begin, best, spent = (ckpt["step"], ckpt["best"], ckpt["seconds"]) if ckpt else (0, math.inf, 0.0)
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        if ckpt is None:
+            move_aside(out)
+        announce(a, model, ds, log)
+    journal = open(out / "log.jsonl", "a") if rank == 0 else contextlib.nullcontext()
+    averaged = ema.module if ema else model
+    step_fn = Step(model, a.objective)
+    if world > 1:
+        step_fn = nn.parallel.DistributedDataParallel(step_fn, device_ids=[rank] if a.device.startswith("cuda") else None)
+    compiled = torch.compile(step_fn) if a.compile else step_fn
+    stop = []                                        # a signal to end after the current step
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda number, frame: stop.append(number))
+    start, trainable = time.time(), [p for g in opt.param_groups for p in g["params"]]
+
+    def state(step):
+        return dict(version=CHECKPOINT_VERSION, model=model.state_dict(), ema=ema.module.state_dict() if ema else None,
+                    optimizer=opt.state_dict(), step=step, best=best, seconds=spent + time.time() - start, args=vars(a),
+                    config=asdict(model.config), rng={k: g.get_state() for k, g in streams.items()})
+
+    def write(record):
+        journal.write(json.dumps(record) + "\n")
+        journal.flush()
+
+    with journal, tqdm(total=a.steps, initial=begin, disable=rank > 0 or not sys.stderr.isatty(), unit="step") as bar:
+        sums, since, bad = torch.zeros(3, device=a.device), begin, torch.zeros((), dtype=torch.bool, device=a.device)
+        mark = time.time()
+        for step in range(begin, a.steps):
+            kl_weight, lr = kl_weight_at(step / a.steps, a), lr_at(step, a)
+            for group in opt.param_groups:
+                group["lr"] = lr
+            x0 = ds.batch(a.batch_size, streams["data"])     # every process draws the whole batch and keeps its rows
+            noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, a.objective_steps or None, a.t_min,
+                               streams["noise"], a.device)
+            opt.zero_grad(set_to_none=True)
+            for j in range(a.grad_accum):
+                rows = slice(rank * a.grad_accum + j, None, parts)
+                sync = contextlib.nullcontext() if world == 1 or j == a.grad_accum - 1 else step_fn.no_sync()
+                with sync, torch.autocast(torch.device(a.device).type, torch.bfloat16, enabled=a.dtype == "bfloat16"):
+                    loss, terms = compiled(x0[rows].to(a.device), noise[rows], torch.tensor(kl_weight, device=a.device))
+                    (loss / a.grad_accum).backward()
+                sums += terms / a.grad_accum
+            norm = nn.utils.clip_grad_norm_(trainable, a.clip or math.inf)
+            bad |= ~norm.isfinite()
+            opt.step()
+            if ema:
+                ema.update_parameters(model)
+            bar.update()
+            done, ending = step + 1, bool(stop) or step + 1 == a.steps
+            logging, evaluating = done % a.log_every == 0 or ending, done % a.eval_every == 0 or ending
+            if not (logging or evaluating):
+                continue
+            if bad.item():
+                log(f"non-finite gradient by step {done} (loss {sums[0] / (done - since):.4g}); the last good checkpoint, if any, is "
+                    f"{out / 'last.pt'}; a lower --lr or a --clip may help")
+                return 1
+            if logging and rank == 0:
+                loss, recon, kl = (sums / (done - since)).tolist()
+                rate, took = (done - since) * a.batch_size * ds.seq_len / (time.time() - mark), spent + time.time() - start
+                log(f"step {done}/{a.steps}  loss {loss:.4f}  recon {recon:.4f}  kl {kl:.3f} x {kl_weight:.2g}  lr {lr:.1e}  "
+                    f"grad {norm:.2f}  {rate:,.0f} tok/s  ETA {clock(took / done * (a.steps - done))}")
+                write(dict(step=done, loss=loss, recon=recon, kl=kl, kl_weight=kl_weight, lr=lr, grad_norm=norm.item(),
+                           tokens_per_second=rate, seconds=took))
+            if logging:
+                sums, since, mark = torch.zeros_like(sums), done, time.time()
+            if evaluating and rank == 0:
+                save(out / "last.pt", state(done))
+                if not stop:
+                    result = evaluate(averaged, ds, a)
+                    write(dict(step=done, eval=result))
+                    log("  test " + "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+                    if result["loss"] < best:
+                        best = result["loss"]
+                        save(out / "best.pt", state(done))
+                    if model.latent_dim and sum(result["active"]) == 0:
+                        log("  the latent has collapsed: no unit is active, z says nothing. Start with a smaller --kl-start, "
+                            "let the ramp end later (--kl-ramp), or lower --kl-weight")
+                mark = time.time()
+            if stop:
+                log(f"stopped at step {done}; go on with: python train.py --resume --out {out}")
+                return 130
+    if rank == 0:
+        report(averaged, ds, a, spent + time.time() - start, log)
+    return 0
+
+
+def report(model, ds, a, seconds, log):
+    """The closing lines: one-step accuracy and KL beside what independent sampling gets."""
+    log(f"trained {a.steps} steps in {clock(seconds)}; checkpoint {Path(a.out) / 'last.pt'}")
+    if ds.entropy is None:
+        return
+    rows = [("this model" if model.latent_dim else "this baseline", evaluate(model, ds, a, 20_000))]
+    rows.append(("independent tokens", {f"one_step_{k}": v for k, v in independent(ds).items()}))
+    log(f"{'one step, 20,000 samples':26}{'accuracy':>10}{'KL (nats)':>12}")
+    for name, r in rows:
+        log(f"{name:26}{r['one_step_acc']:>10.2%}{r['one_step_kl']:>12.4f}")
+
+
+def main(argv=None):
+    """Parses, joins the other processes under torchrun, trains. Returns the exit status."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        torch.set_flush_denormal(True)               # Adam on denormals is several times slower
+        a, ckpt = settle(argv)
+        if world > 1:
+            if a.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if a.device.startswith("cuda") else "gloo")
+        return train(a, ckpt, rank, world)
+    except (ValueError, OSError) as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
