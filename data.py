@@ -88,7 +88,7 @@ class Array:
         except FileNotFoundError:
             raise FileNotFoundError(f"no array at {path}; save one with: numpy.save({str(path)!r}, tokens)") from None
         except (ValueError, EOFError, OSError) as e:
-            raise ValueError(f"{path} is not a plain .npy array: {str(e).splitlines()[0][:100]}") from None
+            raise ValueError(f"{path} is not a plain .npy array: {(str(e) or type(e).__name__).splitlines()[0][:100]}") from None
         if not isinstance(x, np.ndarray) or x.ndim != 2 or x.dtype.kind not in "iu" or len(x) < 2 or x.shape[1] < 1:
             what = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else "an archive of several"
             raise ValueError(f"{path} must hold an (N, L) array of integers with N >= 2, not {what}")

@@ -185,9 +185,9 @@ def sample(model, x, nfe=1, remask="prob", temperature=0.0, latent="fixed", batc
     batch_size (at temperature 0, but for rounding in the network). Raises ValueError on an unknown choice.
     """
     if remask not in REMASK or latent not in LATENT:
-        raise ValueError(f"remask {remask!r} or latent {latent!r} is not in {REMASK}, {LATENT}")
-    if nfe < 1 or temperature < 0:
-        raise ValueError(f"nfe must be at least 1 and temperature at least 0, not {nfe} and {temperature}")
+        raise ValueError(f"remask {remask!r} is not one of {REMASK}, or latent {latent!r} of {LATENT}")
+    if nfe < 1 or not 0 <= temperature < math.inf:
+        raise ValueError(f"nfe must be at least 1 and temperature a number of at least 0, not {nfe} and {temperature}")
     (B, L), K, kw = x.shape, x.shape[1] // model.block_size, dict(generator=generator)
     eps = torch.randn(B, K, 1 if latent == "fixed" else nfe, model.latent_dim, **kw)
     u = torch.rand(B, L, dtype=torch.float64, **kw)

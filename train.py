@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data
 from diffusion import active_units, draw_noise, objective, sample
-from model import CHECKPOINT_VERSION, CONDITIONING, POOLING, VMD, Config, load_checkpoint
+from model import CHECKPOINT_VERSION, CONDITIONING, POOLING, VMD, Config, load_checkpoint, usable
 
 # Appendix C.1, and a size for two CPU cores. What the paper leaves open: heads.
 PAPER = dict(width=64, heads=4, layers=8, encoder_layers=2, latent_dim=32, conditioning="adaln", pooling="mean",
@@ -42,6 +42,7 @@ EVAL_SEQUENCES = 2000
 def build_parser():
     """The command line. Flags without a default of their own take the preset's."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = lambda message: p.exit(2, f"train.py: {message}; see --help\n")
     g = p.add_argument_group("data")
     g.add_argument("--dataset", choices=data.DATASETS, default="pairs", help="what to learn")
     g.add_argument("--data-path", metavar="FILE", help="array: an (N, L) integer .npy file")
@@ -93,8 +94,9 @@ def settle(argv=None):
     """argv -> (args with the preset filled in, the resumed checkpoint or None). Raises ValueError."""
     parser = build_parser()
     args = vars(parser.parse_args(argv))
-    parser.set_defaults(**dict.fromkeys(args, argparse.SUPPRESS))
-    given = vars(parser.parse_args(argv))
+    unset = object()                                 # attributes that exist are not overwritten by defaults
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(args, unset))))
+    given = {k: v for k, v in given.items() if v is not unset}
     if args["resume"]:
         _, ckpt = load_checkpoint(Path(args["out"]) / "last.pt", "cpu")
         for k, v in given.items():
@@ -111,6 +113,7 @@ def settle(argv=None):
 
 def check(a):
     """Raises ValueError on settings that are out of range or contradict each other."""
+    usable(a.device)
     for k in ("steps", "batch_size", "grad_accum", "log_every", "eval_every"):
         if getattr(a, k) < 1:
             raise ValueError(f"--{k.replace('_', '-')} must be at least 1, not {getattr(a, k)}")
@@ -261,6 +264,18 @@ def setup(a, ckpt, rank):
     return ds, model, opt, ema, streams
 
 
+@contextlib.contextmanager
+def stop_signals():
+    """Ctrl-C and SIGTERM end up in the list that this yields, to be looked at between steps."""
+    stop = []
+    old = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
 def move_aside(out):
     """Moves an earlier run's files in `out` to out/1, out/2, ... so that a new run loses nothing."""
     old = [p for p in (out / n for n in ("last.pt", "best.pt", "log.jsonl")) if p.exists()]
@@ -289,11 +304,8 @@ def train(a, ckpt, rank, world):
     averaged = ema.module if ema else model
     step_fn = Step(model, a.objective)
     if world > 1:
-        step_fn = nn.parallel.DistributedDataParallel(step_fn, device_ids=[rank] if a.device.startswith("cuda") else None)
+        step_fn = nn.parallel.DistributedDataParallel(step_fn, device_ids=[torch.cuda.current_device()] if a.device.startswith("cuda") else None)
     compiled = torch.compile(step_fn) if a.compile else step_fn
-    stop = []                                        # a signal to end after the current step
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda number, frame: stop.append(number))
     start, trainable = time.time(), [p for g in opt.param_groups for p in g["params"]]
 
     def state(step):
@@ -305,7 +317,15 @@ def train(a, ckpt, rank, world):
         journal.write(json.dumps(record) + "\n")
         journal.flush()
 
-    with journal, tqdm(total=a.steps, initial=begin, disable=rank > 0 or not sys.stderr.isatty(), unit="step") as bar:
+    def stopping(done):
+        if world > 1 and done % a.log_every == 0:        # all processes stop after the same step
+            flag = torch.tensor(len(stop), device=a.device)
+            dist.all_reduce(flag)
+            return flag.item() > 0
+        return world == 1 and bool(stop)
+
+    progress = tqdm(total=a.steps, initial=begin, disable=rank > 0 or not sys.stderr.isatty(), unit="step")
+    with journal, progress as bar, stop_signals() as stop:
         sums, since, bad = torch.zeros(3, device=a.device), begin, torch.zeros((), dtype=torch.bool, device=a.device)
         mark = time.time()
         for step in range(begin, a.steps):
@@ -329,7 +349,8 @@ def train(a, ckpt, rank, world):
             if ema:
                 ema.update_parameters(model)
             bar.update()
-            done, ending = step + 1, bool(stop) or step + 1 == a.steps
+            done, stopped = step + 1, stopping(step + 1)
+            ending = stopped or done == a.steps
             logging, evaluating = done % a.log_every == 0 or ending, done % a.eval_every == 0 or ending
             if not (logging or evaluating):
                 continue
@@ -348,7 +369,7 @@ def train(a, ckpt, rank, world):
                 sums, since, mark = torch.zeros_like(sums), done, time.time()
             if evaluating and rank == 0:
                 save(out / "last.pt", state(done))
-                if not stop:
+                if not stopped:
                     result = evaluate(averaged, ds, a)
                     write(dict(step=done, eval=result))
                     log("  test " + "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
@@ -359,7 +380,7 @@ def train(a, ckpt, rank, world):
                         log("  the latent has collapsed: no unit is active, z says nothing. Start with a smaller --kl-start, "
                             "let the ramp end later (--kl-ramp), or lower --kl-weight")
                 mark = time.time()
-            if stop:
+            if stopped:
                 log(f"stopped at step {done}; go on with: python train.py --resume --out {out}")
                 return 130
     if rank == 0:
