@@ -184,7 +184,7 @@ class Encoder(nn.Module):
         self.embed_xt, self.embed_x0 = nn.Embedding(c.vocab_size + 1, c.width), nn.Embedding(c.vocab_size, c.width)
         self.stack = Stack(c.encoder_layers, c.width, c.heads, c.block_size)
         self.norm = nn.LayerNorm(c.width, bias=False)
-        self.gate = nn.Linear(c.width, 1) if c.pooling == "gated" else None
+        self.gate = nn.Linear(c.width, 1, bias=False) if c.pooling == "gated" else None
         self.head = nn.Linear(c.width, 2 * c.latent_dim)
         with torch.no_grad():
             self.head.bias[: c.latent_dim] = 0

@@ -39,7 +39,7 @@ def tiny(L=4, r=2, Z=3, V=3, seed=0, **kw):
     with torch.no_grad():
         for name, p in m.named_parameters():
             if name.endswith("ada") or name.startswith("conditioner.m") and p.dim() == 2:
-                p.normal_(std=0.5)
+                p.normal_(std=0.3)
     return m.eval()
 
 
