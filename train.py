@@ -29,7 +29,7 @@ from model import CHECKPOINT_VERSION, CONDITIONING, POOLING, VMD, Config, load_c
 
 # Appendix C.1, and a size for two CPU cores. What the paper leaves open: heads.
 PAPER = dict(width=64, heads=4, layers=8, encoder_layers=2, latent_dim=32, conditioning="adaln", pooling="mean",
-             batch_size=10_000, steps=2000, optimizer="adam", lr=1e-3, schedule="constant", warmup=0, weight_decay=0.0,
+             batch_size=10_000, steps=2000, optimizer="adam", lr=1e-3, schedule="constant", decay_from=0.0, warmup=0, weight_decay=0.0,
              clip=0.0, ema=0.0, t_min=1e-3, kl_weight=1.0, kl_schedule="none", kl_start=1e-3, kl_ramp=(0.1, 0.6))
 CPU = PAPER | dict(layers=4, encoder_layers=1, batch_size=512, steps=2000, schedule="cosine", warmup=50, clip=1.0,
                    t_min=0.1, kl_schedule="geometric")
@@ -72,6 +72,7 @@ def build_parser():
     g.add_argument("--optimizer", choices=("adam", "adamw"), help="optimiser")
     g.add_argument("--lr", type=float, help="peak learning rate")
     g.add_argument("--schedule", choices=("constant", "cosine"), help="learning rate after warm-up")
+    g.add_argument("--decay-from", type=float, help="cosine: share of the run, 0..1, after which the rate falls to zero")
     g.add_argument("--warmup", type=int, help="steps of linear warm-up")
     g.add_argument("--weight-decay", type=float, help="for adamw")
     g.add_argument("--clip", type=float, help="largest gradient norm (of nats per token); 0: no clipping")
@@ -123,8 +124,8 @@ def check(a):
     for k in ("kl_weight", "weight_decay", "clip", "warmup", "objective_steps"):
         if not 0 <= getattr(a, k) < math.inf:
             raise ValueError(f"--{k.replace('_', '-')} must be at least 0, not {getattr(a, k)}")
-    if not 0 <= a.ema < 1 or not 0 < a.t_min < 1:
-        raise ValueError(f"--ema must lie in [0, 1) and --t-min in (0, 1), not {a.ema} and {a.t_min}")
+    if not 0 <= a.ema < 1 or not 0 < a.t_min < 1 or not 0 <= a.decay_from < 1:
+        raise ValueError(f"--ema and --decay-from must lie in [0, 1), --t-min in (0, 1), not {a.ema}, {a.decay_from}, {a.t_min}")
     if not 0 <= a.kl_ramp[0] < a.kl_ramp[1] <= 1 or (a.kl_schedule == "geometric" and a.kl_weight == 0):
         raise ValueError("--kl-ramp FROM TO needs 0 <= FROM < TO <= 1, and a geometric ramp a --kl-weight above 0")
     if a.objective_steps and a.objective != "nelbo":
@@ -146,12 +147,13 @@ def kl_weight_at(progress, a):
 
 
 def lr_at(step, a):
-    """Learning rate: linear warm-up, then constant or a cosine to zero."""
+    """Learning rate: linear warm-up, then constant, or from a share --decay-from of the run on a half cosine to zero."""
     if step < a.warmup:
         return a.lr * (step + 1) / a.warmup
-    if a.schedule == "constant":
+    begin = max(a.warmup, a.decay_from * a.steps)
+    if a.schedule == "constant" or step < begin:
         return a.lr
-    return a.lr * 0.5 * (1 + math.cos(math.pi * (step - a.warmup) / max(1, a.steps - a.warmup)))
+    return a.lr * 0.5 * (1 + math.cos(math.pi * (step - begin) / max(1, a.steps - begin)))
 
 
 class Step(nn.Module):
@@ -229,7 +231,7 @@ def clock(seconds):
     return f"{s // 3600} h {s // 60 % 60:02d} min" if s >= 3600 else f"{s // 60} min {s % 60:02d} s"
 
 
-def setup(a, ckpt, rank):
+def setup(a, ckpt):
     """Dataset, model, optimizer, EMA and random streams, new or as the checkpoint left them."""
     torch.manual_seed(a.seed)
     ds = data.load(a.dataset, a.strength, a.length, a.data_path, a.vocab_size)
@@ -287,12 +289,75 @@ def move_aside(out):
         print(f"moved the earlier run in {out} to {to}")
 
 
+def update(step_fn, opt, x0, noise, kl_weight, a, rank, world):
+    """One optimiser step on this process's rows of the batch -> (loss, recon, kl) nats per sequence, gradient norm."""
+    opt.zero_grad(set_to_none=True)
+    parts, total = world * a.grad_accum, 0
+    for j in range(a.grad_accum):
+        rows = slice(rank * a.grad_accum + j, None, parts)
+        wait = world > 1 and j < a.grad_accum - 1            # gradients are averaged with the last micro-batch
+        with step_fn.no_sync() if wait else contextlib.nullcontext():
+            with torch.autocast(torch.device(a.device).type, torch.bfloat16, enabled=a.dtype == "bfloat16"):
+                loss, terms = step_fn(x0[rows].to(a.device), noise[rows], torch.tensor(kl_weight, device=a.device))
+            (loss / a.grad_accum).backward()
+        total = total + terms / a.grad_accum
+    norm = nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], a.clip or math.inf)
+    opt.step()
+    return total, norm
+
+
+def wrap(model, a, world):
+    """The objective of the model as one callable, under DDP and torch.compile where asked for."""
+    step_fn = Step(model, a.objective)
+    if a.compile:
+        step_fn.compile()
+    if world > 1:
+        ids = [torch.cuda.current_device()] if a.device.startswith("cuda") else None
+        step_fn = nn.parallel.DistributedDataParallel(step_fn, device_ids=ids)
+    return step_fn
+
+
+class Recorder:
+    """Means of the losses since the last line, written to the terminal and, as JSON, to log.jsonl; rank 0 only."""
+
+    def __init__(self, a, tokens, step, log, journal):
+        self.a, self.tokens, self.log, self.journal = a, tokens, log, journal
+        self.reset(step)
+
+    def reset(self, step):
+        """Starts the means anew."""
+        self.sums, self.since, self.clock = torch.zeros(3, device=self.a.device), step, time.time()
+
+    def write(self, **record):
+        """One line of log.jsonl."""
+        self.journal.write(json.dumps(record) + "\n")
+        self.journal.flush()
+
+    def line(self, done, kl_weight, lr, norm, seconds):
+        """The log line of a step."""
+        n, a = done - self.since, self.a
+        loss, recon, kl = (self.sums / n).tolist()
+        rate = n * self.tokens / (time.time() - self.clock)
+        self.log(f"step {done}/{a.steps}  loss {loss:.4f}  recon {recon:.4f}  kl {kl:.3f} x {kl_weight:.2g}  lr {lr:.1e}  "
+                 f"grad {norm:.2f}  {rate:,.0f} tok/s  ETA {clock(seconds / done * (a.steps - done))}")
+        self.write(step=done, loss=loss, recon=recon, kl=kl, kl_weight=kl_weight, lr=lr, grad_norm=norm.item(),
+                   tokens_per_second=rate, seconds=seconds)
+        self.reset(done)
+
+    def evaluation(self, done, result):
+        """The line of an evaluation, and a warning in plain words if the latent has collapsed."""
+        self.write(step=done, eval=result)
+        self.log("  test " + "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+        if self.a.latent_dim and sum(result["active"]) == 0:
+            self.log("  the latent has collapsed: no unit is active, z says nothing. Start with a smaller --kl-start, "
+                     "let the ramp end later (--kl-ramp), or lower --kl-weight")
+
+
 def train(a, ckpt, rank, world):
     """The training loop. Returns an exit status."""
-    ds, model, opt, ema, streams = setup(a, ckpt, rank)
-    parts = world * a.grad_accum
-    if a.batch_size % parts:
-        raise ValueError(f"--batch-size {a.batch_size} is not a multiple of processes x --grad-accum = {parts}")
+    ds, model, opt, ema, streams = setup(a, ckpt)
+    if a.batch_size % (world * a.grad_accum):
+        raise ValueError(f"--batch-size {a.batch_size} is not a multiple of processes x --grad-accum = {world * a.grad_accum}")
     out, log = Path(a.out), (tqdm.write if rank == 0 else lambda line: None)
     begin, best, spent = (ckpt["step"], ckpt["best"], ckpt["seconds"]) if ckpt else (0, math.inf, 0.0)
     if rank == 0:
@@ -300,34 +365,25 @@ def train(a, ckpt, rank, world):
         if ckpt is None:
             move_aside(out)
         announce(a, model, ds, log)
-    journal = open(out / "log.jsonl", "a") if rank == 0 else contextlib.nullcontext()
-    averaged = ema.module if ema else model
-    step_fn = Step(model, a.objective)
-    if world > 1:
-        step_fn = nn.parallel.DistributedDataParallel(step_fn, device_ids=[torch.cuda.current_device()] if a.device.startswith("cuda") else None)
-    compiled = torch.compile(step_fn) if a.compile else step_fn
-    start, trainable = time.time(), [p for g in opt.param_groups for p in g["params"]]
+    averaged, step_fn, start = ema.module if ema else model, wrap(model, a, world), time.time()
 
     def state(step):
         return dict(version=CHECKPOINT_VERSION, model=model.state_dict(), ema=ema.module.state_dict() if ema else None,
                     optimizer=opt.state_dict(), step=step, best=best, seconds=spent + time.time() - start, args=vars(a),
                     config=asdict(model.config), rng={k: g.get_state() for k, g in streams.items()})
 
-    def write(record):
-        journal.write(json.dumps(record) + "\n")
-        journal.flush()
-
     def stopping(done):
-        if world > 1 and done % a.log_every == 0:        # all processes stop after the same step
+        if world > 1 and done % a.log_every == 0:            # all processes stop after the same step
             flag = torch.tensor(len(stop), device=a.device)
             dist.all_reduce(flag)
             return flag.item() > 0
         return world == 1 and bool(stop)
 
+    journal = open(out / "log.jsonl", "a") if rank == 0 else open(os.devnull, "w")
     progress = tqdm(total=a.steps, initial=begin, disable=rank > 0 or not sys.stderr.isatty(), unit="step")
     with journal, progress as bar, stop_signals() as stop:
-        sums, since, bad = torch.zeros(3, device=a.device), begin, torch.zeros((), dtype=torch.bool, device=a.device)
-        mark = time.time()
+        recorder = Recorder(a, a.batch_size * ds.seq_len, begin, log, journal)
+        bad = torch.zeros((), dtype=torch.bool, device=a.device)
         for step in range(begin, a.steps):
             kl_weight, lr = kl_weight_at(step / a.steps, a), lr_at(step, a)
             for group in opt.param_groups:
@@ -335,51 +391,30 @@ def train(a, ckpt, rank, world):
             x0 = ds.batch(a.batch_size, streams["data"])     # every process draws the whole batch and keeps its rows
             noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, a.objective_steps or None, a.t_min,
                                streams["noise"], a.device)
-            opt.zero_grad(set_to_none=True)
-            for j in range(a.grad_accum):
-                rows = slice(rank * a.grad_accum + j, None, parts)
-                sync = contextlib.nullcontext() if world == 1 or j == a.grad_accum - 1 else step_fn.no_sync()
-                with sync, torch.autocast(torch.device(a.device).type, torch.bfloat16, enabled=a.dtype == "bfloat16"):
-                    loss, terms = compiled(x0[rows].to(a.device), noise[rows], torch.tensor(kl_weight, device=a.device))
-                    (loss / a.grad_accum).backward()
-                sums += terms / a.grad_accum
-            norm = nn.utils.clip_grad_norm_(trainable, a.clip or math.inf)
+            terms, norm = update(step_fn, opt, x0, noise, kl_weight, a, rank, world)
+            recorder.sums += terms
             bad |= ~norm.isfinite()
-            opt.step()
             if ema:
                 ema.update_parameters(model)
             bar.update()
             done, stopped = step + 1, stopping(step + 1)
             ending = stopped or done == a.steps
-            logging, evaluating = done % a.log_every == 0 or ending, done % a.eval_every == 0 or ending
-            if not (logging or evaluating):
-                continue
+            if not (ending or done % a.log_every == 0 or done % a.eval_every == 0):
+                continue                                     # no host synchronisation on such steps
             if bad.item():
-                log(f"non-finite gradient by step {done} (loss {sums[0] / (done - since):.4g}); the last good checkpoint, if any, is "
-                    f"{out / 'last.pt'}; a lower --lr or a --clip may help")
+                log(f"non-finite gradient by step {done} (loss {recorder.sums[0] / (done - recorder.since):.4g}); the last good "
+                    f"checkpoint, if any, is {out / 'last.pt'}; a lower --lr or a --clip may help")
                 return 1
-            if logging and rank == 0:
-                loss, recon, kl = (sums / (done - since)).tolist()
-                rate, took = (done - since) * a.batch_size * ds.seq_len / (time.time() - mark), spent + time.time() - start
-                log(f"step {done}/{a.steps}  loss {loss:.4f}  recon {recon:.4f}  kl {kl:.3f} x {kl_weight:.2g}  lr {lr:.1e}  "
-                    f"grad {norm:.2f}  {rate:,.0f} tok/s  ETA {clock(took / done * (a.steps - done))}")
-                write(dict(step=done, loss=loss, recon=recon, kl=kl, kl_weight=kl_weight, lr=lr, grad_norm=norm.item(),
-                           tokens_per_second=rate, seconds=took))
-            if logging:
-                sums, since, mark = torch.zeros_like(sums), done, time.time()
-            if evaluating and rank == 0:
+            if ending or done % a.log_every == 0:
+                recorder.line(done, kl_weight, lr, norm, spent + time.time() - start)
+            if rank == 0 and (ending or done % a.eval_every == 0):
                 save(out / "last.pt", state(done))
                 if not stopped:
                     result = evaluate(averaged, ds, a)
-                    write(dict(step=done, eval=result))
-                    log("  test " + "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+                    recorder.evaluation(done, result)
                     if result["loss"] < best:
                         best = result["loss"]
                         save(out / "best.pt", state(done))
-                    if model.latent_dim and sum(result["active"]) == 0:
-                        log("  the latent has collapsed: no unit is active, z says nothing. Start with a smaller --kl-start, "
-                            "let the ramp end later (--kl-ramp), or lower --kl-weight")
-                mark = time.time()
             if stopped:
                 log(f"stopped at step {done}; go on with: python train.py --resume --out {out}")
                 return 130
