@@ -2,10 +2,11 @@
 
     ds = load("pairs")                               # or load("array", data_path="tokens.npy")
     x0 = ds.batch(512, torch.Generator())            # (512, L) int64, training data
-    ds.metrics(samples)                              # {"acc": 0.993, "kl": 0.011}; nothing where truth is unknown
+    ds.metrics(samples)                              # {"acc": 0.993, "kl": 0.011}
 
-Every dataset has name, vocab_size (V, without the mask, whose id is V), seq_len (L), entropy (nats or None), batch(n, generator),
-test(n, generator) and metrics(x). Needs numpy and torch and imports nothing of this project: copy it.
+Every dataset has name, vocab_size (V, without the mask, whose id is V), seq_len (L), entropy (nats
+or None), batch(n, generator), test(n, generator) and metrics(x). Needs numpy and torch and imports
+nothing of this project: copy it.
 """
 
 import math
@@ -16,25 +17,31 @@ import torch
 SYNTHETIC = ("pairs", "pairs_nonuniform", "pairs_strength", "d1", "d2", "needle")
 DATASETS = SYNTHETIC + ("array",)
 MAX_VOCAB = 1_000_000
-KL_FLOOR = 1e-12   # generated probabilities below this count as this; the paper's 25.3 = log(0.1 / 1e-12) arises so
+KL_FLOOR = 1e-12  # least generated probability; the paper's 25.3 is log(0.1 / 1e-12)
 
 
 class Synthetic:
     """A known distribution over rows of a table: the ground truth that samples are scored against.
 
-    table (S, L) token ids, -1 where a token is uniform noise; probs (S,). Accuracy is the share of samples that match a row;
-    KL(true || generated) is over rows.
+    table (S, L) token ids, -1 where a token is uniform noise; probs (S,). Accuracy is the share of
+    samples that match a row; KL(true || generated) is over rows.
     """
 
     vocab_size = 10
 
     def __init__(self, name, table, probs=None):
         self.name, self.table = name, torch.as_tensor(table)
-        self.seq_len, self.fixed = self.table.shape[1], (self.table >= 0).all(0)     # (L,) bool
+        self.seq_len, self.fixed = self.table.shape[1], (self.table >= 0).all(0)  # (L,) bool
         S = len(self.table)
-        self.probs = torch.full((S,), 1 / S, dtype=torch.float64) if probs is None else torch.as_tensor(probs).double()
+        self.probs = (
+            torch.full((S,), 1 / S, dtype=torch.float64)
+            if probs is None
+            else torch.as_tensor(probs).double()
+        )
         free = int((~self.fixed).sum())
-        self.entropy = float(-torch.special.xlogy(self.probs, self.probs).sum()) + free * math.log(self.vocab_size)
+        self.entropy = float(-torch.special.xlogy(self.probs, self.probs).sum()) + free * math.log(
+            self.vocab_size
+        )
         self._keys, self._order = self._key(self.table).sort()
 
     def _key(self, x):
@@ -44,10 +51,14 @@ class Synthetic:
     def batch(self, n, generator=None):
         """n fresh sequences (n, L) int64."""
         x = self.table[torch.multinomial(self.probs, n, replacement=True, generator=generator)]
-        noise = torch.randint(self.vocab_size, x.shape, generator=generator) if not self.fixed.all() else x
+        noise = (
+            torch.randint(self.vocab_size, x.shape, generator=generator)
+            if not self.fixed.all()
+            else x
+        )
         return torch.where(x < 0, noise, x)
 
-    test = batch   # every draw is unseen data of the same distribution
+    test = batch  # every draw is unseen data of the same distribution
 
     def rows(self, x):
         """Index of the table row that each sequence of x (n, L) matches, -1 if none -> (n,)."""
@@ -56,14 +67,16 @@ class Synthetic:
         return torch.where(self._keys[at] == key, self._order[at], -1)
 
     def metrics(self, x):
-        """x (n, L) samples -> {"acc": share that matches a row, "kl": KL(true || generated) over rows in nats}."""
+        """Samples x (n, L) -> {"acc": share that matches a row, "kl": KL over rows, nats}."""
         rows = self.rows(x)
         generated = torch.bincount(rows[rows >= 0], minlength=len(self.probs)).double() / len(x)
-        kl = torch.special.xlogy(self.probs, self.probs) - torch.special.xlogy(self.probs, generated.clamp(min=KL_FLOOR))
+        kl = torch.special.xlogy(self.probs, self.probs) - torch.special.xlogy(
+            self.probs, generated.clamp(min=KL_FLOOR)
+        )
         return {"acc": float((rows >= 0).double().mean()), "kl": float(kl.sum())}
 
     def joint(self, x):
-        """Two-token data only: (10, 10) generated probabilities of (first, second) token of samples x (n, 2)."""
+        """Two-token data only: samples x (n, 2) -> (10, 10) joint frequencies."""
         V = self.vocab_size
         return torch.bincount(x[:, 0] * V + x[:, 1], minlength=V * V).view(V, V).double() / len(x)
 
@@ -74,10 +87,11 @@ class Synthetic:
 
 
 class Array:
-    """The rows of an integer .npy array (N, L): one in ten, at least one, is held out for testing by a fixed permutation.
+    """The rows of an integer .npy array (N, L).
 
-    V is the largest id plus one unless vocab_size says more. Raises FileNotFoundError, or ValueError if the file is no (N, L)
-    array of integers in 0..V-1. Pickled arrays are refused unread.
+    One row in ten, at least one, is held out for testing, by a fixed permutation. V is the largest
+    id plus one unless vocab_size says more. Raises FileNotFoundError, or ValueError if the file is
+    no (N, L) array of integers in 0..V-1. Pickled arrays are refused unread.
     """
 
     name, entropy = "array", None
@@ -86,16 +100,33 @@ class Array:
         try:
             x = np.load(path, allow_pickle=False)
         except FileNotFoundError:
-            raise FileNotFoundError(f"no array at {path}; save one with: numpy.save({str(path)!r}, tokens)") from None
+            raise FileNotFoundError(
+                f"no array at {path}; save one with: numpy.save({str(path)!r}, tokens)"
+            ) from None
         except (ValueError, EOFError, OSError) as e:
-            raise ValueError(f"{path} is not a plain .npy array: {(str(e) or type(e).__name__).splitlines()[0][:100]}") from None
-        if not isinstance(x, np.ndarray) or x.ndim != 2 or x.dtype.kind not in "iu" or len(x) < 2 or x.shape[1] < 1:
+            raise ValueError(
+                f"{path} is not a plain .npy array: {(str(e) or repr(e)).splitlines()[0][:100]}"
+            ) from None
+        if (
+            not isinstance(x, np.ndarray)
+            or x.ndim != 2
+            or x.dtype.kind not in "iu"
+            or len(x) < 2
+            or x.shape[1] < 1
+        ):
             what = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else "an archive of several"
-            raise ValueError(f"{path} must hold an (N, L) array of integers with N >= 2, not {what}")
+            raise ValueError(
+                f"{path} must hold an (N, L) array of integers with N >= 2, not {what}"
+            )
         if x.min() < 0 or x.max() >= (vocab_size or MAX_VOCAB):
-            raise ValueError(f"{path} has ids from {x.min()} to {x.max()}; they must lie in 0..{(vocab_size or MAX_VOCAB) - 1}")
+            raise ValueError(
+                f"{path} has ids from {x.min()} to {x.max()}; "
+                f"they must lie in 0..{(vocab_size or MAX_VOCAB) - 1}"
+            )
         self.seq_len, self.vocab_size = x.shape[1], vocab_size or int(x.max()) + 1
-        x = torch.from_numpy(x.astype(np.int32))[torch.from_numpy(np.random.default_rng(0).permutation(len(x)))]
+        x = torch.from_numpy(x.astype(np.int32))[
+            torch.from_numpy(np.random.default_rng(0).permutation(len(x)))
+        ]
         held = max(1, len(x) // 10)
         self.x_test, self.x_train = x[:held], x[held:]
 
@@ -113,12 +144,13 @@ class Array:
 
 
 def load(name, strength=1.0, length=20, data_path=None, vocab_size=None):
-    """Dataset by name. strength: p of pairs_strength; length: L of needle; data_path, vocab_size: of array.
+    """Dataset by name.
 
-    Raises ValueError on an unknown name or an impossible option.
+    strength: p of pairs_strength; length: L of needle; data_path, vocab_size: of array. Raises
+    ValueError on an unknown name or an impossible option.
     """
     V, k = 10, torch.arange(10)[:, None]
-    run = (k + torch.arange(4)) % V                                       # (10, 4): c, c+1, c+2, c+3
+    run = (k + torch.arange(4)) % V  # (10, 4): c, c+1, c+2, c+3
     if name == "pairs":
         return Synthetic(name, run[:, :2])
     if name == "pairs_nonuniform":
@@ -132,10 +164,14 @@ def load(name, strength=1.0, length=20, data_path=None, vocab_size=None):
     if name == "d1":
         return Synthetic(name, run)
     if name == "d2":
-        return Synthetic(name, torch.cat([run[:, :2].repeat_interleave(V, 0), run[:, :2].repeat(V, 1)], 1))
+        return Synthetic(
+            name, torch.cat([run[:, :2].repeat_interleave(V, 0), run[:, :2].repeat(V, 1)], 1)
+        )
     if name == "needle":
         if length < 8:
-            raise ValueError(f"length of needle must be at least 8 (two needles of 4), not {length}")
+            raise ValueError(
+                f"length of needle must be at least 8 (two needles of 4), not {length}"
+            )
         return Synthetic(name, torch.cat([run, torch.full((V, length - 8), -1), run], 1))
     if name == "array":
         if not data_path:
@@ -146,15 +182,21 @@ def load(name, strength=1.0, length=20, data_path=None, vocab_size=None):
 
 def show(x, vocab_size):
     """One line per sequence: ids separated by spaces, _ for the mask. x (n, L)."""
-    return "\n".join(" ".join("_" if v == vocab_size else str(v) for v in row) for row in x.tolist())
+    return "\n".join(
+        " ".join("_" if v == vocab_size else str(v) for v in row) for row in x.tolist()
+    )
 
 
 def parse(text, seq_len, vocab_size):
-    """The inverse of `show` for one line: "3 _" -> (L,) ids, the mask (id V) for _. Raises ValueError."""
+    """The inverse of `show` for one line, "3 _" -> (L,) ids. Raises ValueError."""
     words = text.split()
     if len(words) != seq_len:
-        raise ValueError(f"{text!r} has {len(words)} tokens; this model wants {seq_len}, _ for those to fill in")
-    bad = [w for w in words if w != "_" and not (w.isascii() and w.isdigit() and int(w) < vocab_size)]
+        raise ValueError(
+            f"{text!r} has {len(words)} tokens; this model wants {seq_len}, _ for those to fill in"
+        )
+    bad = [
+        w for w in words if w != "_" and not (w.isascii() and w.isdigit() and int(w) < vocab_size)
+    ]
     if bad:
         raise ValueError(f"token {bad[0]!r} is neither _ nor an id in 0..{vocab_size - 1}")
     return torch.tensor([vocab_size if w == "_" else int(w) for w in words])

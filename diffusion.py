@@ -1,17 +1,23 @@
-"""Masked diffusion with a Gaussian latent: objectives, likelihood bounds and samplers, for any model.
+"""Masked diffusion with a Gaussian latent: objectives, bounds and samplers, for any model.
 
     noise = draw_noise(B, L, r, Z, generator=g)
     loss, recon, kl = objective(model, x0, noise)              # Eq. 6 and 8, nats per sequence
     x = sample(model, x_with_masks, nfe=4, remask="margin")    # Algorithms 2 and 4
 
-Source: "Variational Masked Diffusion Models" (equation and algorithm numbers are its own). Needs torch only and imports
-nothing of this project: copy it. A model offers vocab_size V, block_size r, latent_dim Z (0: no latent), and
-    encode(xt, x0) -> mu, logvar (B, K, Z)      decode(xt, x0, z) -> logits (B, L, V)      prior(xt) -> mu, logvar
-    new_cache() with push(x, z)                 decode_block(x, z, cache) -> logits (B, r, V)
+Source: "Variational Masked Diffusion Models" (equation and algorithm numbers are its own). Needs
+torch only and imports nothing of this project: copy it.
 
-Key: B batch, L length, r block size, K = L/r blocks, Z latent size, V vocabulary; N steps (network evaluations) per block.
-t runs from 0 (clean) to 1 (all masked): a token is masked with probability t. The mask has id V.
-Every loss is in nats, summed over the tokens of a sequence: one value per sequence, shape (B,).
+A model offers vocab_size V, block_size r, latent_dim Z (0: no latent), and
+    encode(xt, x0) -> mu, logvar (B, K, Z)      q(z^b | x_t^b, x_0^{<=b}); not used if Z = 0
+    prior(xt) -> mu, logvar (B, K, Z)           p(z^b)
+    decode(xt, x0, z) -> logits (B, L, V)       reads x_t^b, x_0^{<b}, z^{<=b}; z may be None
+    new_cache() -> cache with push(x, z)        finished blocks, x (B, r), z (B, 1, Z) or None
+    decode_block(x, z, cache) -> (B, r, V)      decode for the block after the cached ones
+
+Key: B batch, L length, r block size, K = L/r blocks, Z latent size, V vocabulary; N steps (network
+evaluations) per block. t runs from 0 (clean) to 1 (all masked): a token is masked with probability
+t. The mask has id V. Every loss is in nats, summed over the tokens of a sequence: one value per
+sequence, shape (B,).
 """
 
 import math
@@ -26,7 +32,7 @@ LATENT = ("fixed", "resample", "encoder")
 
 @dataclass
 class Noise:
-    """All randomness of one draw of an objective: t (B, K), u (B, L) uniform, eps (B, K, Z) standard normal."""
+    """One draw of all randomness: t (B, K), u (B, L) uniform, eps (B, K, Z) standard normal."""
 
     t: torch.Tensor
     u: torch.Tensor
@@ -37,22 +43,23 @@ class Noise:
 
 
 def draw_noise(B, L, r, Z, steps=None, t_min=1e-3, generator=None, device="cpu"):
-    """One antithetic draw: the B x K values of t are stratified, one in each of B K equal cells, in random order.
+    """The randomness of one draw of `objective` for x_0 (B, L) in blocks of r -> Noise.
 
-    steps: None for t uniform on (t_min, 1], else t in {1/steps, ..., 1}. t_min clips the weight 1/t. Returns Noise.
+    Antithetic: of the B K values of t one lies in each of B K equal cells, in random order. steps:
+    None for t uniform on (t_min, 1], else t in {1/steps, ..., 1}. t_min clips the weight 1/t.
     """
     K, kw = L // r, dict(generator=generator, device=device)
     cell = torch.randperm(B * K, **kw).view(B, K)
-    s = (cell + torch.rand(B, K, **kw)) / (B * K)                        # (B, K) in [0, 1)
+    s = (cell + torch.rand(B, K, **kw)) / (B * K)  # (B, K) in [0, 1)
     t = 1 - s * (1 - t_min) if steps is None else ((s * steps).floor() + 1).clamp(max=steps) / steps
     return Noise(t, torch.rand(B, L, **kw), torch.randn(B, K, Z, **kw))
 
 
 def gaussian_kl(mu, logvar, prior_mu=None, prior_logvar=None):
-    """KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)), diagonal, summed over the latent, in nats.
+    """KL(N(mu, e^logvar) || N(prior_mu, e^prior_logvar)) summed over the latent, in nats.
 
-    All (B, K, Z); the prior defaults to N(0, I) (Kingma & Welling 2014, Appendix B). Returns (B, K). Raises ValueError
-    if the shapes differ.
+    Diagonal Gaussians, all (B, K, Z); the prior defaults to N(0, I) (Kingma & Welling 2014,
+    Appendix B). Returns (B, K). Raises ValueError if the shapes differ.
     """
     prior_mu = torch.zeros_like(mu) if prior_mu is None else prior_mu
     prior_logvar = torch.zeros_like(mu) if prior_logvar is None else prior_logvar
@@ -74,12 +81,17 @@ def token_nats(logits, x0):
 
 
 def _latent(model, xt, x0, eps, active):
-    """z ~ q(z | x_t, x_0) where the block is active, z ~ p elsewhere (q = p costs no KL). See `objective`.
+    """z ~ q(z | x_t, x_0) where the block is active, z ~ p elsewhere (q = p costs no KL).
 
-    active (B, K). Returns z (B, K, Z), KL(q || p) (B, K), log p(z) / q(z) (B, K); None and zeros without latents.
+    active (B, K). Returns z (B, K, Z), KL(q || p) (B, K), log p(z) / q(z) (B, K); None and zeros
+    without latents.
     """
     if not model.latent_dim:
-        return None, torch.zeros_like(active, dtype=torch.float32), torch.zeros_like(active, dtype=torch.float32)
+        return (
+            None,
+            torch.zeros_like(active, dtype=torch.float32),
+            torch.zeros_like(active, dtype=torch.float32),
+        )
     (mu, logvar), (p_mu, p_logvar) = model.encode(xt, x0), model.prior(xt)
     mu, logvar = (torch.where(active[..., None], q, p) for q, p in ((mu, p_mu), (logvar, p_logvar)))
     z = mu + (0.5 * logvar).exp() * eps
@@ -88,27 +100,34 @@ def _latent(model, xt, x0, eps, active):
 
 
 def objective(model, x0, noise, kind="vmd", kl_weight=1.0, given=None):
-    """One Monte-Carlo draw of a training objective. x0 (B, L) ids -> loss, recon, kl, each (B,) nats.
+    """One Monte-Carlo draw of an objective. x0 (B, L) ids -> loss, recon, kl, each (B,) nats.
 
-    kind "vmd": Eqs. 6 and 8, sum over blocks of (1/t) [sum over masked of CE + kl_weight KL(q(z | x_t, x_0) || p)].
-        The paper's objective; its value is NOT a bound on -log p(x_0), see the README.
-    kind "nelbo": sum over blocks of (1/t) sum over masked of CE + kl_weight KL(q(z | x_0) || p), the KL once per block
-        and q reading the fully masked x_t. With kl_weight = 1 and noise drawn with steps=N this is an unbiased estimate
-        of NELBO_N >= -log p(x_0) of the sampler that fixes z and reveals tokens at N independent uniform steps;
-        steps=None is N = infinity.
-    given: (L,) or (B, L) bool, tokens that are never masked; the objective is then conditional on them.
-    A block with nothing masked takes q = p: no KL.
+    "vmd", the paper's objective, Eqs. 6 and 8: over blocks, the sum of
+        (1/t) [sum over masked of CE + kl_weight KL(q(z | x_t, x_0) || p)].
+        Its value is NOT a bound on -log p(x_0), see the README.
+    "nelbo": over blocks, the sum of
+        (1/t) sum over masked of CE + kl_weight KL(q(z | x_0) || p),
+        the KL once per block and q reading the fully masked x_t. With kl_weight = 1 and noise of
+        steps=N an unbiased estimate of NELBO_N >= -log p(x_0) of the sampler that fixes z and
+        reveals each token at one of N steps, independently and uniformly; steps=None: N = infinity.
+    given: (L,) or (B, L) bool, tokens that are never masked; all is then conditional on them. A
+    block with nothing masked takes q = p and pays no KL.
     """
     if kind not in ("vmd", "nelbo"):
         raise ValueError(f"objective {kind!r} is neither vmd nor nelbo")
     (B, L), K = x0.shape, noise.t.shape[1]
     maskable = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given.expand(B, L)
-    masked = (noise.u < noise.t.repeat_interleave(L // K, 1)) & maskable                 # (B, L)
+    masked = (noise.u < noise.t.repeat_interleave(L // K, 1)) & maskable  # (B, L)
     xt = torch.where(masked, model.vocab_size, x0)
-    hidden = masked if kind == "vmd" else maskable                       # what the encoder sees as masked
-    z, kl, _ = _latent(model, torch.where(hidden, model.vocab_size, x0), x0, noise.eps,
-                       hidden.view(B, K, -1).any(-1))
-    ce = (token_nats(model.decode(xt, x0, z), x0) * masked).view(B, K, -1).sum(-1)       # (B, K)
+    hidden = masked if kind == "vmd" else maskable  # what the encoder sees as masked
+    z, kl, _ = _latent(
+        model,
+        torch.where(hidden, model.vocab_size, x0),
+        x0,
+        noise.eps,
+        hidden.view(B, K, -1).any(-1),
+    )
+    ce = (token_nats(model.decode(xt, x0, z), x0) * masked).view(B, K, -1).sum(-1)  # (B, K)
     recon = (ce / noise.t).sum(1)
     kl = (kl / noise.t if kind == "vmd" else kl).sum(1)
     return recon + kl_weight * kl, recon, kl
@@ -116,11 +135,12 @@ def objective(model, x0, noise, kind="vmd", kl_weight=1.0, given=None):
 
 @torch.no_grad()
 def iwae(model, x0, steps, samples, given=None, generator=None):
-    """A tighter bound on -log p(x_0) of the N-step sampler: `samples` importance samples (Burda et al. 2016).
+    """A tighter bound on -log p(x_0) of the N-step sampler (IWAE, Burda et al. 2016).
 
-    Each sample is a latent and a whole reveal trajectory, w = p(z)/q(z | x_0) prod_n prod_{i revealed at n} p(x_0^i | x_{t_n}, z),
-    an unbiased estimate of p(x_0); E[-log mean w] is a bound for every number of samples. x0 (B, L) -> (B,) nats.
-    Costs steps x samples evaluations.
+    Each of `samples` samples is a latent and a whole reveal trajectory of weight
+    w = p(z) / q(z | x_0) prod_n prod_{i revealed at n} p(x_0^i | x_{t_n}, z), an unbiased estimate
+    of p(x_0); E[-log mean w] is a bound for every number of samples. x0 (B, L) -> (B,) nats. Costs
+    steps x samples evaluations.
     """
     (B, L), V, r, dev = x0.shape, model.vocab_size, model.block_size, x0.device
     maskable = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given.expand(B, L)
@@ -140,9 +160,10 @@ def iwae(model, x0, steps, samples, given=None, generator=None):
 
 @torch.no_grad()
 def active_units(model, x0, threshold=0.01, given=None):
-    """Number of active latent units per block (Burda et al. 2016): Var_x E_q[z_j] > threshold. x0 (B, L) -> (K,) ints.
+    """Active latent units of each block, Var_x E_q[z_j] > threshold (Burda et al. 2016).
 
-    q reads the fully masked sequence. Zero everywhere: the posterior has collapsed, z says nothing.
+    x0 (B, L) -> (K,) ints. q reads the fully masked sequence. Zero everywhere: the posterior has
+    collapsed, z says nothing.
     """
     if not model.latent_dim:
         return torch.zeros(x0.shape[1] // model.block_size, dtype=torch.long)
@@ -152,9 +173,10 @@ def active_units(model, x0, threshold=0.01, given=None):
 
 
 def confidence(probs, remask, order):
-    """Score by which masked positions are unmasked first (Section 3.3). probs (B, r, V) float64 -> (B, r).
+    """Score by which masked positions are unmasked first, highest first (Section 3.3).
 
-    prob: probability of the most probable value; margin: its lead over the second; random: `order` (B, r), given noise.
+    probs (B, r, V) float64 -> (B, r). prob: probability of the most probable value; margin: its
+    lead over the second; random: `order` (B, r), given noise.
     """
     if remask == "random":
         return order
@@ -165,29 +187,41 @@ def confidence(probs, remask, order):
 def draw_tokens(logits, temperature, u):
     """Tokens from softmax(logits / temperature) by inverse CDF in float64; argmax at temperature 0.
 
-    logits (B, r, V), u (B, r) uniform -> (B, r) ids. float32 would lower the effective temperature (Zheng et al. 2025).
+    logits (B, r, V), u (B, r) uniform -> (B, r) ids. float32 would lower the effective temperature
+    (Zheng et al. 2025).
     """
     if temperature == 0:
         return logits.argmax(-1)
     cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, (u.double() * cdf[..., -1])[..., None], right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cdf, (u.double() * cdf[..., -1])[..., None], right=True)[
+        ..., 0
+    ].clamp(max=logits.shape[-1] - 1)
 
 
 @torch.no_grad()
-def sample(model, x, nfe=1, remask="prob", temperature=0.0, latent="fixed", batch_size=None, generator=None):
-    """Algorithms 2 and 4: fills the masks (id V) of x (B, L), block by block -> (B, L) ids. Other tokens stay.
+def sample(
+    model, x, nfe=1, remask="prob", temperature=0.0, latent="fixed", batch_size=None, generator=None
+):
+    """Algorithms 2 and 4: fills the masks (id V) of x (B, L) ids -> (B, L). Other tokens stay.
 
-    nfe: network evaluations per block, N. Of the M masked tokens of a row's block, floor(M (n-1)/N) stay masked after
-    step n = N..1; `remask` (random, prob, margin) says which. A block without any mask costs none.
-    temperature: 0 is argmax, as in the paper; a model without z needs 1 to give more than one sample.
-    latent: fixed, one z ~ p per block; resample, a new one each step (E.1); encoder, after the first step z ~ q(z | x_t,
-    x_0-hat) (E.4). All noise is drawn before the first batch, from `generator` (on the CPU): the result does not depend on
-    batch_size (at temperature 0, but for rounding in the network). Raises ValueError on an unknown choice.
+    nfe: network evaluations per block, N. Of the M masked tokens of a row's block, floor(M (n-1)/N)
+    stay masked after step n = N..1; `remask` (random, prob, margin) says which. A block without any
+    mask costs none.
+    temperature: 0 is argmax, as in the paper; a model without z needs 1 to give more than one
+    sample.
+    latent: fixed, one z ~ p per block; resample, a new one each step (E.1); encoder, after the
+    first step z ~ q(z | x_t, x_0-hat) (E.4). All noise is drawn before the first batch, from
+    `generator` (on the CPU): the result does not depend on batch_size (at temperature 0, but for
+    rounding in the network). Raises ValueError on an unknown choice.
     """
     if remask not in REMASK or latent not in LATENT:
-        raise ValueError(f"remask {remask!r} is not one of {REMASK}, or latent {latent!r} of {LATENT}")
+        raise ValueError(
+            f"remask {remask!r} is not one of {REMASK}, or latent {latent!r} of {LATENT}"
+        )
     if nfe < 1 or not 0 <= temperature < math.inf:
-        raise ValueError(f"nfe must be at least 1 and temperature a number of at least 0, not {nfe} and {temperature}")
+        raise ValueError(
+            f"nfe must be at least 1 and temperature at least 0, not {nfe} and {temperature}"
+        )
     (B, L), K, kw = x.shape, x.shape[1] // model.block_size, dict(generator=generator)
     eps = torch.randn(B, K, 1 if latent == "fixed" else nfe, model.latent_dim, **kw)
     u = torch.rand(B, L, dtype=torch.float64, **kw)
@@ -195,7 +229,9 @@ def sample(model, x, nfe=1, remask="prob", temperature=0.0, latent="fixed", batc
     out = []
     for rows in torch.arange(B).split(batch_size or max(B, 1)):
         noise = [a[rows].to(x.device) for a in (eps, u, order)]
-        out.append(_sample(model, x[rows.to(x.device)].clone(), *noise, nfe, remask, temperature, latent))
+        out.append(
+            _sample(model, x[rows.to(x.device)].clone(), *noise, nfe, remask, temperature, latent)
+        )
     return torch.cat(out) if out else x.clone()
 
 
@@ -204,18 +240,23 @@ def _sample(model, x, eps, u, order, nfe, remask, temperature, latent):
     V, r, cache = model.vocab_size, model.block_size, model.new_cache()
     for b in range(x.shape[1] // r):
         end, own = (b + 1) * r, slice(b * r, (b + 1) * r)
-        block, z = x[:, own], None                                       # (B, r), a view: x is filled in place
+        block, z = x[:, own], None  # (B, r), a view: x is filled in place
         if model.latent_dim:
-            mu, logvar = (a[:, -1:] for a in model.prior(x[:, :end]))    # (B, 1, Z)
+            mu, logvar = (a[:, -1:] for a in model.prior(x[:, :end]))  # (B, 1, Z)
             z = mu + (0.5 * logvar).exp() * eps[:, b, :1]
         M = (block == V).sum(1)
         for i, n in enumerate(range(nfe, 0, -1) if bool(M.any()) else ()):
             if i and z is not None and latent != "fixed":
                 if latent == "encoder":
-                    mu, logvar = (a[:, -1:] for a in model.encode(x[:, :end], torch.cat([x[:, : b * r], guess], 1)))
+                    mu, logvar = (
+                        a[:, -1:]
+                        for a in model.encode(x[:, :end], torch.cat([x[:, : b * r], guess], 1))
+                    )
                 z = mu + (0.5 * logvar).exp() * eps[:, b, i, None]
             logits, masked = model.decode_block(block, z, cache), block == V
-            score = confidence(logits.double().softmax(-1), remask, order[:, own]).masked_fill(~masked, -1)
+            score = confidence(logits.double().softmax(-1), remask, order[:, own]).masked_fill(
+                ~masked, -1
+            )
             rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             reveal = masked & (rank < (M * n // nfe - M * (n - 1) // nfe)[:, None])
             tokens = draw_tokens(logits, temperature, u[:, own])

@@ -1,15 +1,16 @@
-"""The VMD network: a masked-diffusion transformer (DiT) conditioned on one Gaussian latent per block.
+"""The VMD network: a masked-diffusion transformer conditioned on one Gaussian latent per block.
 
     model = VMD(Config(vocab_size=10, seq_len=4, block_size=2))
     mu, logvar = model.encode(xt, x0)           # q(z^b | x_t^b, x_0^{<=b}),       each (B, K, Z)
     logits = model.decode(xt, x0, z)            # p(x_0^{b,i} | x_t^b, x_0^{<b}, z^{<=b}), (B, L, V)
 
-Source: "Variational Masked Diffusion Models", Sections 3 and 4 and Appendix C; the transformer is that of
-BD3-LM (Arriola et al. 2025). Needs torch only and imports nothing of this project: copy it.
+Source: "Variational Masked Diffusion Models", Sections 3 and 4 and Appendix C; the transformer is
+that of BD3-LM (Arriola et al. 2025). Needs torch only and imports nothing of this project: copy it.
 
-Key: B batch, L sequence length, r block size, K = L/r blocks, D width, H heads, Z latent size, V vocabulary.
-Data ids are 0..V-1; the mask has id V and is never an output. t runs from 0 (clean) to 1 (all masked).
-latent_dim = 0 is the baseline without latents: MDM (one block), BD3-LM (several), autoregressive (r = 1).
+Key: B batch, L sequence length, r block size, K = L/r blocks, D width, H heads, Z latent size, V
+vocabulary. Data ids are 0..V-1; the mask has id V and is never an output. t runs from 0 (clean) to
+1 (all masked). latent_dim = 0 is the baseline without latents: MDM (one block), BD3-LM (several),
+autoregressive (r = 1).
 """
 
 import pickle
@@ -21,26 +22,28 @@ from torch import nn
 
 CONDITIONING = ("adaln", "shared", "add")
 POOLING = ("mean", "gated")
-LOGVAR_RANGE = (-12.0, 8.0)   # clamp: sigma from e^-6 to e^4
-LOGVAR_INIT = -4.0            # sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
+LOGVAR_RANGE = (-12.0, 8.0)  # clamp: sigma from e^-6 to e^4
+LOGVAR_INIT = -4.0  # sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
 CHECKPOINT_VERSION = 1
 
 
 @dataclass
 class Config:
-    """Everything that fixes the network's shape. Raises ValueError on values that do not fit together."""
+    """All that fixes the network's shape. Raises ValueError on values that do not fit together."""
 
-    vocab_size: int               # V, without the mask
-    seq_len: int                  # L
-    block_size: int               # r; L for one block
-    width: int = 64               # D
-    heads: int = 4                # H
-    layers: int = 8               # decoder
+    vocab_size: int  # V, without the mask
+    seq_len: int  # L
+    block_size: int  # r; L for one block
+    width: int = 64  # D
+    heads: int = 4  # H
+    layers: int = 8  # decoder
     encoder_layers: int = 2
-    latent_dim: int = 32          # Z per block; 0: no latent, no encoder
-    conditioning: str = "adaln"   # how z enters the decoder: adaln (C.1), shared (C.2), add (C.3)
-    pooling: str = "mean"         # how the encoder summarises a block: mean (C.1) or gated (C.2)
-    prefix_len: int = 0           # the first tokens are always given (a puzzle, a prompt): gated pooling skips them
+    latent_dim: int = 32  # Z per block; 0: no latent, no encoder
+    conditioning: str = "adaln"  # how z enters the decoder: adaln (C.1), shared (C.2), add (C.3)
+    pooling: str = "mean"  # how the encoder summarises a block: mean (C.1) or gated (C.2)
+    prefix_len: int = (
+        0  # the first tokens are always given (a puzzle, a prompt): gated pooling skips them
+    )
 
     def __post_init__(self):
         for f in fields(self):
@@ -50,17 +53,27 @@ class Config:
         low = dict(latent_dim=0, prefix_len=0, encoder_layers=1 if self.latent_dim else 0)
         for f in fields(self):
             if f.type is int and getattr(self, f.name) < low.get(f.name, 1):
-                raise ValueError(f"{f.name} must be at least {low.get(f.name, 1)}, not {getattr(self, f.name)}")
+                raise ValueError(
+                    f"{f.name} must be at least {low.get(f.name, 1)}, not {getattr(self, f.name)}"
+                )
         if self.seq_len % self.block_size:
-            raise ValueError(f"block_size {self.block_size} does not divide the sequence length {self.seq_len}")
+            raise ValueError(
+                f"block_size {self.block_size} does not divide the sequence length {self.seq_len}"
+            )
         if self.width % (2 * self.heads):
-            raise ValueError(f"width {self.width} must be a multiple of 2 x heads = {2 * self.heads} (rotary halves)")
+            raise ValueError(
+                f"width {self.width} must be a multiple of 2 x heads = {2 * self.heads}"
+            )
         if self.conditioning not in CONDITIONING:
-            raise ValueError(f"conditioning {self.conditioning!r} is not one of {', '.join(CONDITIONING)}")
+            raise ValueError(
+                f"conditioning {self.conditioning!r} is not one of {', '.join(CONDITIONING)}"
+            )
         if self.pooling not in POOLING:
             raise ValueError(f"pooling {self.pooling!r} is not one of {', '.join(POOLING)}")
         if self.prefix_len >= self.seq_len:
-            raise ValueError(f"prefix_len {self.prefix_len} leaves nothing to predict of {self.seq_len} tokens")
+            raise ValueError(
+                f"prefix_len {self.prefix_len} leaves nothing to predict of {self.seq_len} tokens"
+            )
 
 
 def norm(layer, x):
@@ -69,7 +82,7 @@ def norm(layer, x):
 
 
 def rotary(start, length, dim, device):
-    """Cosines and sines of RoPE (Su et al. 2021) for positions start..start+length-1: each (length, dim/2)."""
+    """RoPE (Su et al. 2021) at positions start.. -> cosines and sines, each (length, dim/2)."""
     freq = 10000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
     angle = torch.arange(start, start + length, device=device)[:, None] * freq
     return angle.cos(), angle.sin()
@@ -84,10 +97,12 @@ def rotate(x, cos, sin):
 class Layer(nn.Module):
     """One DiT block (Peebles & Xie 2023) over a noisy and a clean stream of blocks.
 
-    `ada` holds the six modulation vectors (gamma1, beta1, alpha1, gamma2, beta2, alpha2). Without z they are learned
-    constants, as in BD3-LM, whose time conditioning is constant; z adds to them (Appendix C.1).
-    # differs from the paper: LN(x) * (1 + gamma) + beta, as DiT does, for the printed LN(x) * gamma + beta; the gates alpha
-    # start at 1 (a plain transformer), not at 0 as in adaLN-Zero: pairs come out better in one step.
+    `ada` holds the six modulation vectors (gamma1, beta1, alpha1, gamma2, beta2, alpha2). Without z
+    they are learned constants, as in BD3-LM, whose time conditioning is constant; z adds to them
+    (Appendix C.1).
+    # differs from the paper: LN(x) * (1 + gamma) + beta, as DiT does, for the printed LN(x) * gamma
+    # + beta; the gates alpha start at 1 (a plain transformer), not at 0 as in adaLN-Zero: pairs
+    # come out better in one step.
     """
 
     def __init__(self, D, H):
@@ -100,16 +115,17 @@ class Layer(nn.Module):
         self.ada = nn.Parameter(torch.tensor([0.0, 0, 1, 0, 0, 1])[:, None].repeat(1, D))
 
     def forward(self, h, n, mod, rope, masks, past, last):
-        """h (B, n + m, r, D): n noisy blocks, then m clean ones -> the same, and this layer's clean keys and values.
+        """h (B, n + m, r, D), n noisy blocks, then m clean ones -> the same, and clean (k, v).
 
-        mod: None or (B, n + m, 1, 6, D), added to `ada`; past: None or the (k, v) of the clean blocks before these.
-        last: the clean stream ends here, only its keys and values are wanted; (B, n, r, D) comes back.
+        mod: None or (B, n + m, 1, 6, D), added to `ada`. past: None or the (k, v) of the clean
+        blocks before these. last: the clean stream ends here, of it only keys and values are
+        wanted; (B, n, r, D) comes back.
         """
         B, S, r, D = h.shape
-        ada = self.ada if mod is None else self.ada + mod                # (B, S, 1, 6, D) or (6, D)
-        g1, b1, a1, g2, b2, a2 = ada.unbind(-2)                          # each (B, S, 1, D) or (D,)
-        x = self.qkv(norm(self.norm1, h) * (1 + g1) + b1)                # (B, S, r, 3D)
-        x = x.view(B, S * r, 3, self.heads, -1).permute(2, 0, 3, 1, 4)   # (3, B, H, S r, D/H)
+        ada = self.ada if mod is None else self.ada + mod  # (B, S, 1, 6, D) or (6, D)
+        g1, b1, a1, g2, b2, a2 = ada.unbind(-2)  # each (B, S, 1, D) or (D,)
+        x = self.qkv(norm(self.norm1, h) * (1 + g1) + b1)  # (B, S, r, 3D)
+        x = x.view(B, S * r, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, S r, D/H)
         (q, k), v = rotate(x[:2], *rope), x[2]
         k, k_clean = k.split([n * r, (S - n) * r], dim=2)
         v, v_clean = v.split([n * r, (S - n) * r], dim=2)
@@ -121,7 +137,9 @@ class Layer(nn.Module):
         if S > n and last:
             h, a1, g2, b2, a2 = (u if u.dim() == 1 else u[:, :n] for u in (h, a1, g2, b2, a2))
         elif S > n:
-            y = torch.cat([y, F.scaled_dot_product_attention(q[:, :, n * r:], k_clean, v_clean, masks[1])], 2)
+            y = torch.cat(
+                [y, F.scaled_dot_product_attention(q[:, :, n * r :], k_clean, v_clean, masks[1])], 2
+            )
         y = y.transpose(1, 2).reshape(B, -1, r, D)
         h = h + a1 * self.out(y)
         h = h + a2 * self.mlp(norm(self.norm2, h) * (1 + g2) + b2)
@@ -129,11 +147,13 @@ class Layer(nn.Module):
 
 
 class Stack(nn.Module):
-    """Transformer layers in which noisy block b sees itself and clean blocks < b, and clean block b sees clean <= b.
+    """Transformer layers over a noisy and a clean stream of blocks.
 
-    With one block there is no clean stream, and nothing is computed for it. Positions: RoPE, and a learned embedding of the
-    place within the block. RoPE alone acts on attention scores only: where all values are equal, as in a fully masked first
-    block, every position would get the same output, and one step could not write "3 4".
+    Noisy block b sees itself and clean blocks < b; clean block b sees clean blocks <= b. With one
+    block there is no clean stream, and nothing is computed for it. Positions: RoPE, and a learned
+    embedding of the place within the block. RoPE alone acts on attention scores only: where all
+    values are equal, as in a fully masked first block, every position would get the same output,
+    and one step could not write "3 4".
     """
 
     def __init__(self, layers, D, H, r):
@@ -143,30 +163,41 @@ class Stack(nn.Module):
 
     @staticmethod
     def masks(n0, n, c0, m, r, device):
-        """Which keys (columns: clean blocks 0..c0+m-1, then noisy n0..n0+n-1) a query may see; None where all.
+        """Which keys a query may see, as boolean masks; None where it may see all.
 
-        Returns the masks of noisy queries (n r, (c0 + m + n) r) and of clean queries (m r, (c0 + m) r).
+        Keys are clean blocks 0..c0+m-1, then noisy blocks n0..n0+n-1. Returns the masks of noisy
+        queries (n r, (c0 + m + n) r) and of clean queries, blocks c0.., (m r, (c0 + m) r).
         """
+
         def block(first, count):
             return torch.arange(first, first + count, device=device).repeat_interleave(r)
+
         noisy, clean, keys = block(n0, n)[:, None], block(c0, m)[:, None], block(0, c0 + m)
         for_noisy = None if n == 1 else torch.cat([keys < noisy, noisy.T == noisy], dim=1)
         return for_noisy, (None if m <= 1 else keys <= clean)
 
     def forward(self, noisy, clean=None, mods=None, n0=0, c0=0, past=None):
-        """noisy (B, n, r, D) blocks n0.., clean (B, m, r, D) blocks c0.. (past holds those before c0).
+        """noisy (B, n, r, D): blocks n0..; clean (B, m, r, D) or None: c0..; past: those before.
 
-        mods: per layer None or (B, n + m, 1, 6, D). Returns (B, n, r, D) and the list of (k, v) of clean blocks.
+        mods: per layer None or (B, n + m, 1, 6, D). Returns (B, n, r, D) and the list of (k, v) of
+        clean blocks.
         """
         h = noisy if clean is None else torch.cat([noisy, clean], dim=1)
         n, m, r = noisy.shape[1], h.shape[1] - noisy.shape[1], noisy.shape[2]
         h = h + self.place.weight
         dim = h.shape[-1] // self.layers[0].heads
-        rope = [torch.cat(ab) for ab in zip(rotary(n0 * r, n * r, dim, h.device), rotary(c0 * r, m * r, dim, h.device))]
+        rope = [
+            torch.cat(ab)
+            for ab in zip(
+                rotary(n0 * r, n * r, dim, h.device), rotary(c0 * r, m * r, dim, h.device)
+            )
+        ]
         masks, kv = self.masks(n0, n, c0, m, r, h.device), []
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1
-            h, new = layer(h, n, mods[i] if mods else None, rope, masks, past[i] if past else None, last)
+            h, new = layer(
+                h, n, mods[i] if mods else None, rope, masks, past[i] if past else None, last
+            )
             kv.append(new)
         return h, kv
 
@@ -174,30 +205,34 @@ class Stack(nn.Module):
 class Encoder(nn.Module):
     """q(z^b | x_t^b, x_0^{<=b}): a mean and a log variance per block (Section 3.2).
 
-    # differs from the paper: position i of block b embeds x_t^i and x_0^i together, instead of the sequence [x_t ; x_0]
-    # of twice the length: what z^b may depend on is the same, at half the cost.
+    # differs from the paper: position i of block b embeds x_t^i and x_0^i together, instead of the
+    # sequence [x_t ; x_0] of twice the length: what z^b may depend on is the same, at half the
+    # cost.
     """
 
     def __init__(self, c):
         super().__init__()
         self.pooling, self.prefix_len = c.pooling, c.prefix_len
-        self.embed_xt, self.embed_x0 = nn.Embedding(c.vocab_size + 1, c.width), nn.Embedding(c.vocab_size, c.width)
+        self.embed_xt, self.embed_x0 = (
+            nn.Embedding(c.vocab_size + 1, c.width),
+            nn.Embedding(c.vocab_size, c.width),
+        )
         self.stack = Stack(c.encoder_layers, c.width, c.heads, c.block_size)
         self.norm = nn.LayerNorm(c.width, bias=False)
         self.gate = nn.Linear(c.width, 1, bias=False) if c.pooling == "gated" else None
         self.head = nn.Linear(c.width, 2 * c.latent_dim)
         with torch.no_grad():
             self.head.bias[: c.latent_dim] = 0
-            self.head.bias[c.latent_dim:] = LOGVAR_INIT
+            self.head.bias[c.latent_dim :] = LOGVAR_INIT
 
     def forward(self, xt, x0):
         """xt, x0 (B, K, r) ids -> mu, logvar (B, K, Z) float32."""
         K, r = x0.shape[1:]
-        clean = self.embed_x0(x0)                                        # (B, K, r, D)
+        clean = self.embed_x0(x0)  # (B, K, r, D)
         h, _ = self.stack(self.embed_xt(xt) + clean, clean[:, : K - 1] if K > 1 else None)
-        h = norm(self.norm, h)                                           # (B, K, r, D)
+        h = norm(self.norm, h)  # (B, K, r, D)
         if self.gate is None:
-            h = h.mean(dim=2)                                            # (B, K, D)
+            h = h.mean(dim=2)  # (B, K, D)
         else:
             prefix = torch.arange(K * r, device=h.device).view(K, r, 1) < self.prefix_len
             h = (self.gate(h).float().masked_fill(prefix, -1e9).softmax(dim=2) * h).sum(dim=2)
@@ -206,18 +241,25 @@ class Encoder(nn.Module):
 
 
 class Conditioner(nn.Module):
-    """The latent pathway of the decoder: z -> modulations of every layer, or one vector added to the embedding.
+    """The latent pathway of the decoder: z -> modulations of the layers, or a vector to add.
 
-    adaln (C.1): MLP, then one Linear per layer (held as one matrix); shared (C.2): one Linear for all layers;
-    add (C.3): embedded, scaled, added to the token embedding. The MLP, run once per block, is where z is turned into a choice:
-    with two wide hidden layers all positions agree on it (99% of pairs in one step; 97% with one of width D).
-    # differs from the paper: weights start small, not at zero as in adaLN-Zero, so that the encoder has a gradient.
+    adaln (C.1): MLP, then one Linear per layer (held as one matrix); shared (C.2): one Linear for
+    all layers; add (C.3): embedded, scaled, added to the token embedding. The MLP, run once per
+    block, is where z is turned into a choice that all positions agree on: it wants to be wide.
+    # differs from the paper: weights start small, not at zero as in adaLN-Zero, so that the encoder
+    # has a gradient.
     """
 
     def __init__(self, c):
         super().__init__()
         self.kind, self.layers, D = c.conditioning, c.layers, c.width
-        self.mlp = nn.Sequential(nn.Linear(c.latent_dim, 4 * D), nn.SiLU(), nn.Linear(4 * D, 4 * D), nn.SiLU(), nn.Linear(4 * D, D))
+        self.mlp = nn.Sequential(
+            nn.Linear(c.latent_dim, 4 * D),
+            nn.SiLU(),
+            nn.Linear(4 * D, 4 * D),
+            nn.SiLU(),
+            nn.Linear(4 * D, D),
+        )
         if self.kind == "add":
             self.scale = nn.Parameter(torch.tensor(1.0))
         else:
@@ -225,17 +267,19 @@ class Conditioner(nn.Module):
             nn.init.normal_(self.mod.weight, std=0.02)
 
     def forward(self, z):
-        """z (B, S, Z), one per block -> (vector to add (B, S, 1, D) or None, modulations per layer or None)."""
+        """z (B, S, Z) -> vector to add (B, S, 1, D) or None, modulations of each layer or None."""
         B, S, _ = z.shape
-        e = self.mlp(z)                                                  # (B, S, D)
+        e = self.mlp(z)  # (B, S, D)
         if self.kind == "add":
             return (self.scale * e)[:, :, None], None
-        mods = self.mod(F.silu(e)).view(B, S, 1, -1, 6, e.shape[-1]).unbind(3)   # each (B, S, 1, 6, D)
+        mods = (
+            self.mod(F.silu(e)).view(B, S, 1, -1, 6, e.shape[-1]).unbind(3)
+        )  # each (B, S, 1, 6, D)
         return None, mods * (self.layers // len(mods))
 
 
 class Cache:
-    """Keys and values of finished blocks. `push` a finished block; the next decode_block runs it and keeps it."""
+    """Keys and values of finished blocks; the next decode_block adds those that were pushed."""
 
     def __init__(self):
         self.kv, self.blocks, self.pending = None, 0, []
@@ -246,7 +290,7 @@ class Cache:
 
 
 class VMD(nn.Module):
-    """Decoder, encoder, prior and latent pathway of Variational Masked Diffusion; see the module's docstring."""
+    """Decoder, encoder, prior and latent pathway; see the module's docstring."""
 
     def __init__(self, config):
         super().__init__()
@@ -260,14 +304,20 @@ class VMD(nn.Module):
         self.conditioner = Conditioner(c) if c.latent_dim else None
 
     def param_counts(self):
-        """{decoder, encoder, latent pathway}: number of parameters; the first and last run at sampling."""
+        """Parameters of decoder, encoder, latent pathway; the first and last run at sampling."""
         count = lambda m: sum(p.numel() for p in m.parameters()) if m is not None else 0
         encoder, latent = count(self.encoder), count(self.conditioner)
-        return {"decoder": count(self) - encoder - latent, "encoder": encoder, "latent pathway": latent}
+        return {
+            "decoder": count(self) - encoder - latent,
+            "encoder": encoder,
+            "latent pathway": latent,
+        }
 
     def blocks(self, x):
         """(B, L') -> (B, L'/r, r); L' is a multiple of r, at most L."""
-        assert x.shape[1] % self.block_size == 0, f"length {x.shape[1]} is no multiple of {self.block_size}"
+        assert x.shape[1] % self.block_size == 0, (
+            f"length {x.shape[1]} is no multiple of {self.block_size}"
+        )
         return x.view(x.shape[0], -1, self.block_size)
 
     def encode(self, xt, x0):
@@ -276,23 +326,27 @@ class VMD(nn.Module):
 
     def prior(self, xt):
         """p(z^b) = N(0, I). xt (B, L) -> mu, logvar (B, K, Z), zeros."""
-        zeros = torch.zeros(xt.shape[0], xt.shape[1] // self.block_size, self.latent_dim, device=xt.device)
+        zeros = torch.zeros(
+            xt.shape[0], xt.shape[1] // self.block_size, self.latent_dim, device=xt.device
+        )
         return zeros, zeros
 
     def decode(self, xt, x0, z):
-        """Training form: all blocks at once. xt, x0 (B, L) ids, z (B, K, Z) or None -> logits (B, L, V) float32.
+        """Training form, all blocks at once -> logits (B, L, V) float32.
 
-        Block b reads x_t^b, x_0^{<b} and z^{<=b} (the paper's x_0^{<=b} for the decoder is a slip).
+        xt, x0 (B, L) ids, z (B, K, Z) or None. Block b reads x_t^b, x_0^{<b} and z^{<=b} (the
+        paper's x_0^{<=b} for the decoder is a slip).
         """
-        xt, x0 = self.blocks(xt), self.blocks(x0)[:, :-1]               # (B, K, r), (B, K - 1, r)
+        xt, x0 = self.blocks(xt), self.blocks(x0)[:, :-1]  # (B, K, r), (B, K - 1, r)
         if z is not None:
-            z = torch.cat([z, z[:, :-1]], dim=1)                         # (B, 2K - 1, Z)
+            z = torch.cat([z, z[:, :-1]], dim=1)  # (B, 2K - 1, Z)
         return self._decode(xt, x0, z)[0].flatten(1, 2)
 
     def decode_block(self, x, z, cache):
-        """Sampling form: one block after the cached ones. x (B, r) ids, z (B, 1, Z) or None -> logits (B, r, V).
+        """Sampling form, the block after the cached ones -> logits (B, r, V) float32.
 
-        Blocks pushed to the cache since the last call run in this same pass, each with its own latent.
+        x (B, r) ids, z (B, 1, Z) or None. Blocks pushed to the cache since the last call run in
+        this same pass, each with its own latent.
         """
         x0 = torch.stack([p[0] for p in cache.pending], 1) if cache.pending else x[:, None][:, :0]
         if z is not None:
@@ -308,12 +362,12 @@ class VMD(nn.Module):
 
     def _decode(self, noisy, clean, z, n0=0, c0=0, past=None):
         n = noisy.shape[1]
-        h, mods = self.embed(torch.cat([noisy, clean], dim=1)), None     # (B, n + m, r, D)
+        h, mods = self.embed(torch.cat([noisy, clean], dim=1)), None  # (B, n + m, r, D)
         if z is not None:
             add, mods = self.conditioner(z)
             h = h if add is None else h + add
         h, kv = self.stack(h[:, :n], h[:, n:] if h.shape[1] > n else None, mods, n0, c0, past)
-        return self.head(norm(self.norm, h)).float(), kv                 # (B, n, r, V)
+        return self.head(norm(self.norm, h)).float(), kv  # (B, n, r, V)
 
 
 def usable(device):
@@ -321,22 +375,29 @@ def usable(device):
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"device {device!r} cannot be used here: {(str(e) or type(e).__name__).splitlines()[0][:100]}") from None
+        raise ValueError(
+            f"device {device!r} cannot be used here: {(str(e) or repr(e)).splitlines()[0][:100]}"
+        ) from None
     return device
 
 
 def load_checkpoint(path, device="cpu", ema=True):
     """Reads a file written by train.py -> (model in eval mode, checkpoint dict).
 
-    ema: use the averaged weights where the run kept them. Only tensors and plain values are unpickled
-    (weights_only=True). Raises FileNotFoundError, or ValueError if the file is not such a checkpoint.
+    ema: use the averaged weights where the run kept them. Only tensors and plain values are
+    unpickled (weights_only=True). Raises FileNotFoundError, or ValueError if the file is not such a
+    checkpoint.
     """
     try:
         ckpt = torch.load(path, map_location=usable(device), weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no checkpoint at {path}; train one with: python train.py") from None
+        raise FileNotFoundError(
+            f"no checkpoint at {path}; train one with: python train.py"
+        ) from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-        raise ValueError(f"{path} is not a readable checkpoint: {(str(e) or type(e).__name__).splitlines()[0][:120]}") from None
+        raise ValueError(
+            f"{path} is not a readable checkpoint: {(str(e) or repr(e)).splitlines()[0][:100]}"
+        ) from None
     if not isinstance(ckpt, dict) or ckpt.get("version") != CHECKPOINT_VERSION:
         raise ValueError(f"{path} is not a version {CHECKPOINT_VERSION} checkpoint of this project")
     model = VMD(Config(**ckpt["config"])).to(device)

@@ -1,4 +1,5 @@
-"""Tests of Variational Masked Diffusion: every loss, bound, schedule and sampler rule against its equation.
+"""Tests of Variational Masked Diffusion: every loss, bound, schedule and sampler rule against its
+equation.
 
     python -m pytest -q test_vmd.py        # CPU, offline, a few minutes
 """
@@ -49,7 +50,8 @@ def changed(a, b, r):
     return (d > 1e-5).nonzero().flatten().tolist()
 
 
-# ------------------------------------------------------------------------------------------- what depends on what
+# ------------------------------------------------------------------------------------------- what
+# depends on what
 
 @pytest.mark.parametrize("conditioning", network.CONDITIONING)
 @pytest.mark.parametrize("pooling", network.POOLING)
@@ -69,7 +71,8 @@ def test_blocks_depend_only_on_what_eq_7_lets_them(conditioning, pooling, r):
         noisy[:, at] = torch.where(noisy[:, at] == V, 0, V)
         latent[:, b] += 1
         later, onward = list(range(b + 1, K)), list(range(b, K))
-        assert changed(logits, m.decode(xt, other, z), r) == later          # x_0^b moves later blocks, not b
+        # x_0^b moves later blocks, not b
+        assert changed(logits, m.decode(xt, other, z), r) == later
         assert changed(logits, m.decode(noisy, x0, z), r) == [b]            # x_t^b moves b only
         assert changed(logits, m.decode(xt, x0, latent), r) == onward       # z^b moves b and later
         for a, c in zip((mu, logvar), m.encode(xt, other)):
@@ -87,23 +90,27 @@ def test_cached_logits_equal_uncached_ones(conditioning, r, Z):
     x0, z = torch.randint(V, (5, L)), torch.randn(5, L // r, Z) if Z else None
     xt = torch.where(torch.rand(5, L) < 0.5, V, x0)
     full = m.decode(xt, x0, z)
-    for skip in (1, 2):                                                     # blocks pushed one at a time, or by twos
+    for skip in (1, 2):        # blocks pushed one at a time, or by twos
         cache = m.new_cache()
         for b in range(L // r):
             at, zb = slice(b * r, (b + 1) * r), z[:, b: b + 1] if Z else None
             if b % skip == skip - 1:
-                for _ in range(2):                                          # a second pass finds nothing pending
-                    assert_close(m.decode_block(xt[:, at], zb, cache), full[:, at], atol=1e-5, rtol=0)
+                for _ in range(2):        # a second pass finds nothing pending
+                    assert_close(m.decode_block(xt[:, at], zb, cache), full[:, at], atol=1e-5,
+                                 rtol=0)
             cache.push(x0[:, at], zb)
 
 
 def test_one_block_computes_no_clean_half_and_last_layer_only_what_is_read():
     seen = []
-    for r, want in ((4, [1, 1]), (2, [3, 2])):          # 4 tokens: 1 noisy block; 2 noisy + 1 clean, dropped in the last layer
+    # 4 tokens: 1 noisy block; 2 noisy + 1 clean, dropped in the last layer
+    for r, want in ((4, [1, 1]), (2, [3, 2])):
         m, widths = tiny(4, r), []
         for layer in m.stack.layers:
-            layer.mlp.register_forward_hook(lambda mod, args, out, widths=widths: widths.append(out.shape[1]))
-        m.decode(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4 // r, 3))
+            layer.mlp.register_forward_hook(lambda mod, args, out,
+                                            widths=widths: widths.append(out.shape[1]))
+        m.decode(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long),
+                 torch.zeros(1, 4 // r, 3))
         seen.append((widths, want))
     assert all(got == want for got, want in seen), seen
 
@@ -115,28 +122,33 @@ def test_masked_positions_of_a_fully_masked_block_are_told_apart():
     assert torch.pdist(logits).min() > 1e-3
     with torch.no_grad():
         m.stack.place.weight.zero_()
-    assert torch.pdist(m.decode(torch.full((1, 4), 3), torch.zeros(1, 4, dtype=torch.long), None)[0]).max() < 1e-6
+    assert torch.pdist(m.decode(torch.full((1, 4), 3), torch.zeros(1, 4, dtype=torch.long),
+                                None)[0]).max() < 1e-6
 
 
 def test_without_latents_a_block_of_one_is_an_autoregressive_model():
     m = tiny(4, 1, Z=0)
     x0 = torch.randint(3, (6, 4))
-    nll = diffusion.token_nats(m.decode(torch.full_like(x0, 3), x0, None), x0).sum(1)     # chain rule
+    nll = diffusion.token_nats(m.decode(torch.full_like(x0, 3), x0, None), x0).sum(1)   # chain rule
     for noise in (draw_noise(6, 4, 1, 0, steps=1), draw_noise(6, 4, 1, 0, steps=1)):
-        assert_close(objective(m, x0, noise, "nelbo")[0], nll)                            # no variance at all
-    total = sum(torch.exp(-diffusion.token_nats(m.decode(torch.full((1, 4), 3), x[None], None), x[None]).sum())
+        assert_close(objective(m, x0, noise, "nelbo")[0], nll)        # no variance at all
+    total = sum(torch.exp(-diffusion.token_nats(m.decode(torch.full((1, 4), 3), x[None], None),
+                                                x[None]).sum())
                 for x in torch.cartesian_prod(*[torch.arange(3)] * 4))
-    assert_close(total, torch.tensor(1.0))                                                # and it is normalised
+    assert_close(total, torch.tensor(1.0))        # and it is normalised
 
 
 def test_gated_pooling_ignores_the_prefix():
     m = tiny(4, 4, pooling="gated", prefix_len=2)
     with torch.no_grad():
-        m.encoder.stack.layers[0].ada.zero_()            # no mixing between positions: pooling alone is looked at
+        # no mixing between positions: pooling alone is looked at
+        m.encoder.stack.layers[0].ada.zero_()
     a = torch.tensor([[0, 1, 2, 0]])
     mu = m.encode(a, a)[0]
-    assert_close(m.encode(a.clone().index_fill_(1, torch.tensor([0]), 2), torch.tensor([[2, 1, 2, 0]]))[0], mu)
-    assert (m.encode(torch.tensor([[0, 1, 1, 0]]), torch.tensor([[0, 1, 1, 0]]))[0] - mu).abs().max() > 1e-4
+    assert_close(m.encode(a.clone().index_fill_(1, torch.tensor([0]), 2),
+                          torch.tensor([[2, 1, 2, 0]]))[0], mu)
+    assert (m.encode(torch.tensor([[0, 1, 1, 0]]),
+                     torch.tensor([[0, 1, 1, 0]]))[0] - mu).abs().max() > 1e-4
 
 
 def test_parameter_counts_add_up():
@@ -146,10 +158,12 @@ def test_parameter_counts_add_up():
         assert sum(counts.values()) == sum(p.numel() for p in m.parameters())
         assert (counts["encoder"] > 0) == (counts["latent pathway"] > 0) == (Z > 0)
     base = tiny(Z=0).param_counts()["decoder"]
-    assert tiny(Z=3).param_counts()["decoder"] == base   # the control is the same network without the latent pathway
+    # the control is the same network without the latent pathway
+    assert tiny(Z=3).param_counts()["decoder"] == base
 
 
-# --------------------------------------------------------------------------------------------- bounds by enumeration
+# ---------------------------------------------------------------------------------------------
+# bounds by enumeration
 
 class PerfectPairs:
     """Knows the ten pairs (k, k + 1). With Z = 1 the pair is the decile of Phi(z), and q(z | x_0) a narrow Gaussian in it."""
@@ -161,8 +175,9 @@ class PerfectPairs:
 
     def encode(self, xt, x0):
         lo, hi = (torch.special.ndtri((x0[:, 0] + a) / 10).clamp(-4, 4) for a in (0.0, 1.0))
-        mu, sigma, both = (lo + hi) / 2, (hi - lo) / 12, (xt == 10).all(1)                 # six sigma to each edge
-        mu, logvar = torch.where(both, mu, 0.0), torch.where(both, 2 * sigma.log(), 0.0)   # q = p once a token is seen
+        mu, sigma, both = (lo + hi) / 2, (hi - lo) / 12, (xt == 10).all(1)  # six sigma to each edge
+        # q = p once a token is seen
+        mu, logvar = torch.where(both, mu, 0.0), torch.where(both, 2 * sigma.log(), 0.0)
         return mu[:, None, None], logvar[:, None, None]
 
     def prior(self, xt):
@@ -190,7 +205,7 @@ PAIRS = torch.stack([torch.arange(10), (torch.arange(10) + 1) % 10], 1)
 def weight(m, r, steps):
     """Weight of one set of m >= 1 masked tokens out of r in (1/t) E: sum_n (1/n) (n/N)^m (1-n/N)^(r-m), or its limit."""
     if steps is None:
-        return 1 / (m * math.comb(r, m))                                                   # the Beta integral of t^(m-1) (1-t)^(r-m)
+        return 1 / (m * math.comb(r, m))        # the Beta integral of t^(m-1) (1-t)^(r-m)
     return sum((n / steps) ** m * (1 - n / steps) ** (r - m) / n for n in range(1, steps + 1))
 
 
@@ -209,13 +224,18 @@ def exact(model, x0, kind, steps, eps):
         masked = torch.tensor(bits).expand(B, L)
         m = torch.tensor(bits).view(K, r).sum(1).tolist()
         for e in eps:
-            ce, kl = per_block(model, x0, masked, masked if kind == "vmd" else torch.ones_like(masked), e)
+            ce, kl = per_block(model, x0, masked,
+                               masked if kind == "vmd" else torch.ones_like(masked), e)
             for b in range(K):
                 others = math.prod(presence(m[c], r, steps) for c in range(K) if c != b)
                 if m[b]:
-                    total += others * weight(m[b], r, steps) * (ce[:, b] + (kl[:, b] if kind == "vmd" else 0)) / len(eps)
+                    total += others * weight(m[b], r,
+                                             steps) * (ce[:,
+                                                          b] + (kl[:,
+                                                                   b] if kind == "vmd" else 0)) / len(eps)
     if kind == "nelbo":
-        total += per_block(model, x0, torch.ones_like(x0, dtype=torch.bool), torch.ones_like(x0, dtype=torch.bool), eps[0])[1].sum(1)
+        total += per_block(model, x0, torch.ones_like(x0, dtype=torch.bool),
+                           torch.ones_like(x0, dtype=torch.bool), eps[0])[1].sum(1)
     return total
 
 
@@ -226,9 +246,11 @@ def per_block(model, x0, masked, hidden, e):
     if model.latent_dim:
         mu, logvar = model.encode(torch.where(hidden, V, x0), x0)
         active = hidden.view(B, -1, r).any(-1)
-        z = torch.where(active[..., None], mu + torch.exp(logvar / 2) * e, e)              # q = p where nothing is masked
+        # q = p where nothing is masked
+        z = torch.where(active[..., None], mu + torch.exp(logvar / 2) * e, e)
         q = torch.distributions.Normal(mu, torch.exp(logvar / 2))
-        kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(-1) * active
+        kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0,
+                                                                             1.0)).sum(-1) * active
     logp = torch.log_softmax(model.decode(xt, x0, z), -1).gather(2, x0[..., None])[..., 0]
     return (-logp * masked).view(B, -1, r).sum(-1), kl
 
@@ -239,8 +261,10 @@ def test_nelbo_is_a_bound_and_the_printed_value_is_not():
     for steps in (1, 2, 4, 64, None):
         assert exact(m, PAIRS, "nelbo", steps, eps).mean() >= LN10
     printed = exact(m, PAIRS, "vmd", None, eps).mean()
-    assert 0.5 * LN10 <= printed < LN10 - 0.2            # below the entropy: not a bound. Its optimum is ln(10) / 2
-    assert_close(printed, objective(m, PAIRS.repeat(20000, 1), draw_noise(200000, 2, 2, 1))[0].mean(), rtol=0.02, atol=0)
+    # below the entropy: not a bound. Its optimum is ln(10) / 2
+    assert 0.5 * LN10 <= printed < LN10 - 0.2
+    assert_close(printed, objective(m, PAIRS.repeat(20000, 1),
+                                    draw_noise(200000, 2, 2, 1))[0].mean(), rtol=0.02, atol=0)
 
 
 @torch.no_grad()
@@ -251,17 +275,20 @@ def test_without_latents_the_bounds_have_known_values():
         noise = draw_noise(100_000, 2, 2, 0, steps, 1e-5, torch.Generator().manual_seed(1))
         x0 = PAIRS.repeat(10_000, 1)
         assert_close(objective(m, x0, noise, "nelbo")[0].mean().item(), want, rtol=0.01, atol=0)
-        assert_close(objective(m, x0, noise, "vmd")[0], objective(m, x0, noise, "nelbo")[0])   # printed = NELBO without z
+        # printed = NELBO without z
+        assert_close(objective(m, x0, noise, "vmd")[0], objective(m, x0, noise, "nelbo")[0])
 
 
 @pytest.mark.parametrize("L, r, Z", [(3, 3, 2), (4, 2, 2), (4, 4, 0), (4, 1, 2)])
-@pytest.mark.parametrize("kind, steps", [("vmd", None), ("nelbo", None), ("nelbo", 1), ("nelbo", 2), ("nelbo", 4), ("vmd", 2)])
+@pytest.mark.parametrize("kind, steps", [("vmd", None), ("nelbo", None), ("nelbo", 1),
+                                         ("nelbo", 2), ("nelbo", 4), ("vmd", 2)])
 @torch.no_grad()
 def test_monte_carlo_agrees_with_the_sum_over_all_masks(L, r, Z, kind, steps):
     m, g, n = tiny(L, r, Z), torch.Generator().manual_seed(3), 40_000
     x0, eps = torch.randint(3, (1, L), generator=g), torch.randn(3, L // r, Z, generator=g)
     noise = draw_noise(n, L, r, Z, steps, 1e-6, g)
-    noise.eps = eps[torch.randint(3, (n,), generator=g)]                    # the same three draws that are summed over
+    # the same three draws that are summed over
+    noise.eps = eps[torch.randint(3, (n,), generator=g)]
     value = objective(m, x0.expand(n, L), noise, kind)[0].double()
     want, se = exact(m, x0, kind, steps, eps).item(), value.std().item() / n**0.5
     assert se < 0.03 * want and abs(value.mean().item() - want) < 4 * se + 1e-6 * want, (value.mean(), want, se)
@@ -274,7 +301,8 @@ def test_given_tokens_are_conditioned_on():
     noise = draw_noise(500, 4, 2, 3, steps=1)
     loss, recon, kl = objective(m, x0.expand(500, 4), noise, "nelbo", given=given)
     ce, every_kl = per_block(m, x0, ~given[None], ~given[None], noise.eps[0])
-    assert_close(recon[0], ce.sum()), assert_close(kl[0], every_kl[0, 0])   # block 2, all given, costs no KL
+    # block 2, all given, costs no KL
+    assert_close(recon[0], ce.sum()), assert_close(kl[0], every_kl[0, 0])
     zero = objective(m, x0.expand(500, 4), noise, "nelbo", given=torch.ones(4, dtype=torch.bool))
     assert all((v == 0).all() for v in zero)
 
@@ -287,7 +315,8 @@ def exact_nll(model, x0, steps, zs, weights):
         reveal, logp = torch.tensor(reveal), torch.zeros(S, dtype=torch.float64)
         for n in range(1, steps + 1):
             xt = torch.where(reveal <= n, V, x0).expand(S, L)
-            lp = torch.log_softmax(model.decode(xt, x0.expand(S, L), zs if model.latent_dim else None).double(), -1)
+            lp = torch.log_softmax(model.decode(xt, x0.expand(S, L),
+                                                zs if model.latent_dim else None).double(), -1)
             logp += lp.gather(2, x0.expand(S, L)[..., None])[..., 0][:, reveal == n].sum(1)
         total += logp.exp() / steps**L
     return -(total * weights).sum().log().item()
@@ -301,17 +330,20 @@ def test_iwae_is_unbiased_and_lies_between_the_exact_nll_and_nelbo(Z, steps):
     x0 = torch.tensor([[2, 0, 1]])
     grid = torch.linspace(-9, 9, 2001)[:, None, None]
     weights = torch.exp(-grid[:, 0, 0].double() ** 2 / 2) / math.sqrt(2 * math.pi) * 18 / 2000
-    nll = exact_nll(m, x0, steps, grid, weights if Z else torch.ones(2001, dtype=torch.float64) / 2001)
+    nll = exact_nll(m, x0, steps, grid, weights if Z else torch.ones(2001,
+                                                                     dtype=torch.float64) / 2001)
     g = torch.Generator().manual_seed(5)
     if Z:
         with torch.no_grad():
-            m.encoder.head.bias[1] = 0.0                 # sigma near 1: importance weights with a small variance
+            m.encoder.head.bias[1] = 0.0    # sigma near 1: importance weights with a small variance
     one = iwae(m, x0.expand(n, 3), steps, 1, generator=g).double()
     p, se = (-one).exp().mean().item(), (-one).exp().std().item() / n**0.5
-    assert abs(p - math.exp(-nll)) < 4 * se + 1e-6 and se < 0.05 * p         # w is an unbiased estimate of p(x_0)
-    nelbo = objective(m, x0.expand(n, 3), draw_noise(n, 3, 3, Z, steps, generator=g), "nelbo")[0].double()
+    # w is an unbiased estimate of p(x_0)
+    assert abs(p - math.exp(-nll)) < 4 * se + 1e-6 and se < 0.05 * p
+    nelbo = objective(m, x0.expand(n, 3), draw_noise(n, 3, 3, Z, steps, generator=g),
+                      "nelbo")[0].double()
     tolerance = 4 * nelbo.std().item() / n**0.5 + 4 * one.std().item() / n**0.5 + 1e-6
-    assert abs(one.mean() - nelbo.mean()) < tolerance                        # one sample: the same bound
+    assert abs(one.mean() - nelbo.mean()) < tolerance        # one sample: the same bound
     many = iwae(m, x0.expand(4000, 3), steps, 16, generator=g).double()
     assert nll - 4 * many.std().item() / 4000**0.5 - 1e-6 < many.mean() <= nelbo.mean() + 1e-6
     if Z or steps > 1:
@@ -321,38 +353,45 @@ def test_iwae_is_unbiased_and_lies_between_the_exact_nll_and_nelbo(Z, steps):
 def test_iwae_weights_of_several_blocks_are_unbiased():
     m, n = tiny(2, 1, 1, seed=6), 40_000
     m.encoder.head.bias.data[1] = 0.0
-    probs = [(-iwae(m, torch.tensor([x]).expand(n, 2), 1, 1, generator=torch.Generator().manual_seed(i)).double()).exp()
+    probs = [(-iwae(m, torch.tensor([x]).expand(n, 2), 1, 1,
+                    generator=torch.Generator().manual_seed(i)).double()).exp()
              for i, x in enumerate(itertools.product(range(3), repeat=2))]
     se = sum(p.var() / n for p in probs).sqrt().item()
-    assert abs(sum(p.mean() for p in probs).item() - 1) < 4 * se and se < 0.02           # sums to one over all x_0
+    # sums to one over all x_0
+    assert abs(sum(p.mean() for p in probs).item() - 1) < 4 * se and se < 0.02
 
 
 def test_gaussian_kl_is_that_of_torch_distributions():
     mu, logvar, p_mu, p_logvar = torch.randn(4, 5, 2, 3)
     q = torch.distributions.Normal(mu, (logvar / 2).exp())
     p = torch.distributions.Normal(p_mu, (p_logvar / 2).exp())
-    assert_close(gaussian_kl(mu, logvar, p_mu, p_logvar), torch.distributions.kl_divergence(q, p).sum(-1))
-    assert_close(gaussian_kl(mu, logvar), torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(-1))
+    assert_close(gaussian_kl(mu, logvar, p_mu, p_logvar), torch.distributions.kl_divergence(q,
+                                                                                            p).sum(-1))
+    assert_close(gaussian_kl(mu, logvar), torch.distributions.kl_divergence(q,
+                                                                            torch.distributions.Normal(0.0, 1.0)).sum(-1))
     assert_close(diffusion.log_normal(p_mu, mu, logvar), q.log_prob(p_mu).sum(-1))
     with pytest.raises(ValueError, match="one shape"):
         gaussian_kl(mu, logvar[:1])
 
 
 @pytest.mark.parametrize("kind", ["vmd", "nelbo"])
-@pytest.mark.parametrize("conditioning, pooling", [("adaln", "mean"), ("shared", "gated"), ("add", "mean")])
+@pytest.mark.parametrize("conditioning, pooling", [("adaln", "mean"), ("shared", "gated"),
+                                                   ("add", "mean")])
 def test_gradients_by_finite_differences(kind, conditioning, pooling):
     m, g = tiny(4, 2, conditioning=conditioning, pooling=pooling), torch.Generator().manual_seed(7)
-    x0, noise = torch.randint(3, (16, 4), generator=g), draw_noise(16, 4, 2, 3, t_min=0.2, generator=g)
+    x0, noise = torch.randint(3, (16, 4), generator=g), draw_noise(16, 4, 2, 3, t_min=0.2,
+                                                                   generator=g)
 
     def loss():
         return objective(m, x0, noise, kind, 0.7)[0].double().mean()
     loss().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in m.parameters())    # nothing is cut off
+    # nothing is cut off
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in m.parameters())
     for part in ("encoder.", "conditioner.", "stack.", "embed.", "head."):
         params = [p for k, p in m.named_parameters() if k.startswith(part)]
         size = math.sqrt(sum(p.grad.pow(2).sum().item() for p in params))
         ends, h = [], 2e-3
-        for sign in (1, -1):                                                             # along the gradient itself
+        for sign in (1, -1):        # along the gradient itself
             with torch.no_grad():
                 for p in params:
                     p += sign * h * p.grad / size
@@ -377,11 +416,14 @@ def test_noise_is_antithetic_and_masks_with_probability_t():
         assert n.t.shape == (50, 4) and n.u.shape == (50, 8) and n.eps.shape == (50, 4, 3)
         t = n.t.flatten().sort().values
         if steps:
-            assert_close(t, torch.arange(1, 5).repeat_interleave(50) / 4)                # equal counts of 1/4, ..., 1
+            # equal counts of 1/4, ..., 1
+            assert_close(t, torch.arange(1, 5).repeat_interleave(50) / 4)
         else:
             cells = ((1 - t) / 0.99 * 200).clamp(max=199.999).floor()
-            assert cells.unique().numel() >= 199 and t.min() > 0.01 and t.max() <= 1      # one in each of 200 cells
-    assert draw_noise(1000, 2, 2, 0, generator=torch.Generator().manual_seed(0)).t.mean().sub(0.5005).abs() < 1e-3
+            # one in each of 200 cells
+            assert cells.unique().numel() >= 199 and t.min() > 0.01 and t.max() <= 1
+    assert draw_noise(1000, 2, 2, 0,
+                      generator=torch.Generator().manual_seed(0)).t.mean().sub(0.5005).abs() < 1e-3
     seen = []
 
     class Spy(PerfectPairs):
@@ -389,20 +431,24 @@ def test_noise_is_antithetic_and_masks_with_probability_t():
             seen.append(xt == 10)
             return super().decode(xt, x0, z)
     t = torch.tensor([0.1, 0.5, 1.0]).repeat(20_000)[:, None]
-    objective(Spy(0), PAIRS[:6].repeat(10_000, 1), Noise(t, torch.rand(60_000, 2), torch.zeros(60_000, 1, 0)))
-    assert_close(seen[0].float().mean(1).view(-1, 3).mean(0), torch.tensor([0.1, 0.5, 1.0]), atol=0.01, rtol=0)
+    objective(Spy(0), PAIRS[:6].repeat(10_000, 1), Noise(t, torch.rand(60_000, 2),
+                                                         torch.zeros(60_000, 1, 0)))
+    assert_close(seen[0].float().mean(1).view(-1, 3).mean(0), torch.tensor([0.1, 0.5, 1.0]),
+                 atol=0.01, rtol=0)
 
 
 def test_active_units_counts_what_moves_with_the_data():
     class Fixed(PerfectPairs):
         def encode(self, xt, x0):
-            mu = torch.stack([x0[:, 0].float(), 0.01 * x0[:, 0].float(), torch.ones(len(x0))], 1)[:, None]
+            mu = torch.stack([x0[:, 0].float(), 0.01 * x0[:, 0].float(), torch.ones(len(x0))],
+                             1)[:, None]
             return mu, torch.zeros_like(mu)
     assert active_units(Fixed(3), PAIRS).tolist() == [1]
     assert active_units(PerfectPairs(0), PAIRS).tolist() == [0]
 
 
-# -------------------------------------------------------------------------------------------------------- the sampler
+# --------------------------------------------------------------------------------------------------------
+# the sampler
 
 class Recorder:
     """A model of random logits that keeps every block it is shown; blocks of r, V = 5."""
@@ -417,7 +463,8 @@ class Recorder:
 
     def encode(self, xt, x0):
         self.encoded.append((xt.clone(), x0.clone()))
-        return tuple(torch.full((len(xt), xt.shape[1] // self.block_size, 2), c) for c in (7.0, -40.0))
+        return tuple(torch.full((len(xt), xt.shape[1] // self.block_size, 2), c) for c in (7.0,
+                                                                                           -40.0))
 
     def new_cache(self):
         return Cache()
@@ -434,20 +481,21 @@ def test_sampler_reveals_floor_counts_in_exactly_n_evaluations(remask, latent, t
     L, r, N, V = 14, 7, 5, 5
     x = torch.randint(V, (6, L), generator=torch.Generator().manual_seed(1))
     hidden = torch.zeros(6, L, dtype=torch.bool)
-    for i, m in enumerate([7, 6, 5, 3, 1, 0]):                               # rows with different M, one with none
+    for i, m in enumerate([7, 6, 5, 3, 1, 0]):        # rows with different M, one with none
         hidden[i, r - m: r], hidden[i, L - m:] = m > 0, m > 0
     model, start = Recorder(r), torch.where(hidden, V, x)
     out = diffusion.sample(model, start, N, remask, temperature, latent)
-    assert len(model.calls) == 2 * N                                         # N per block, two blocks
+    assert len(model.calls) == 2 * N        # N per block, two blocks
     M = torch.tensor([7, 6, 5, 3, 1, 0])
     for b in range(2):
-        for i, n in enumerate(range(N, 0, -1)):                              # before step n, floor(M n / N) are masked
+        for i, n in enumerate(range(N, 0, -1)):        # before step n, floor(M n / N) are masked
             assert ((model.calls[b * N + i][0] == V).sum(1) == M * n // N).all()
-    assert (out[~hidden] == x[~hidden]).all() and (out < V).all()            # given tokens stay, no mask is left
+    # given tokens stay, no mask is left
+    assert (out[~hidden] == x[~hidden]).all() and (out < V).all()
     z = [c[1] for c in model.calls[:N]]
     same = [bool((a == z[0]).all()) for a in z]
     assert same == ([True] * N if latent == "fixed" else [True] + [False] * (N - 1))
-    if latent == "encoder":                                                  # z ~ q(z | x_t, x_0-hat), here N(7, e^-40)
+    if latent == "encoder":        # z ~ q(z | x_t, x_0-hat), here N(7, e^-40)
         assert len(model.encoded) == 2 * (N - 1)
         assert all((a == 7).all() for a in z[1:])
         xt, guess = model.encoded[0]
@@ -457,27 +505,34 @@ def test_sampler_reveals_floor_counts_in_exactly_n_evaluations(remask, latent, t
 def test_blocks_with_nothing_to_fill_cost_nothing_and_are_cached():
     model, x = Recorder(2), torch.tensor([[1, 2, 3, 4, 5, 0]])
     diffusion.sample(model, x, nfe=3)
-    assert [c[2] for c in model.calls] == [2, 2, 2] and len(model.calls) == 3   # two given blocks wait in the cache
+    # two given blocks wait in the cache
+    assert [c[2] for c in model.calls] == [2, 2, 2] and len(model.calls) == 3
 
 
 def test_remask_rules_rank_positions_as_section_3_3_says():
-    p = torch.tensor([[[0.50, 0.45, 0.05], [0.45, 0.10, 0.45 - 0.0], [0.48, 0.26, 0.26]]], dtype=torch.float64)
+    p = torch.tensor([[[0.50, 0.45, 0.05], [0.45, 0.10, 0.45 - 0.0], [0.48, 0.26, 0.26]]],
+                     dtype=torch.float64)
     order = torch.tensor([[0.1, 0.9, 0.5]], dtype=torch.float64)
     assert diffusion.confidence(p, "prob", order)[0].argsort(descending=True).tolist() == [0, 2, 1]
-    assert_close(diffusion.confidence(p, "margin", order)[0], torch.tensor([0.05, 0.0, 0.22], dtype=torch.float64))
-    assert diffusion.confidence(p, "random", order)[0].argsort(descending=True).tolist() == [1, 2, 0]
-    assert (diffusion.confidence(torch.ones(1, 2, 1, dtype=torch.float64), "margin", order) == 1).all()   # V = 1
+    assert_close(diffusion.confidence(p, "margin", order)[0], torch.tensor([0.05, 0.0, 0.22],
+                                                                           dtype=torch.float64))
+    assert diffusion.confidence(p, "random", order)[0].argsort(descending=True).tolist() == [1, 2,
+                                                                                             0]
+    # V = 1
+    assert (diffusion.confidence(torch.ones(1, 2, 1, dtype=torch.float64), "margin",
+                                 order) == 1).all()
 
 
 def test_tokens_are_drawn_in_float64_and_from_the_right_distribution():
     rare = torch.tensor([[[0.0, math.log(1e-10)]]])
-    u = torch.tensor([[1 - 5e-11]], dtype=torch.float64)                     # in the last 1e-10; 1.0 in float32
+    u = torch.tensor([[1 - 5e-11]], dtype=torch.float64)        # in the last 1e-10; 1.0 in float32
     assert draw_tokens(rare, 1.0, u).item() == 1 and draw_tokens(rare, 1.0, u - 1e-9).item() == 0
     logits, n = torch.tensor([1.0, 0.0, -1.0]), 100_000
     for temperature in (0.5, 1.0, 2.0):
         u = torch.rand(n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
         x = draw_tokens(logits.expand(n, 1, 3), temperature, u)
-        assert_close(torch.bincount(x[:, 0]) / n, (logits / temperature).softmax(0), atol=0.006, rtol=0)
+        assert_close(torch.bincount(x[:, 0]) / n, (logits / temperature).softmax(0), atol=0.006,
+                     rtol=0)
     assert (draw_tokens(logits.expand(4, 1, 3), 0.0, torch.ones(4, 1)) == 0).all()
 
 
@@ -485,7 +540,8 @@ def test_tokens_are_drawn_in_float64_and_from_the_right_distribution():
 def test_same_seed_same_sample_at_any_batch_size(latent):
     m, masks = tiny(6, 2, seed=11), torch.full((9, 6), 3)
     for temperature in (0.0, 1.0):
-        runs = [diffusion.sample(m, masks, 2, "random", temperature, latent, size, torch.Generator().manual_seed(s))
+        runs = [diffusion.sample(m, masks, 2, "random", temperature, latent, size,
+                                 torch.Generator().manual_seed(s))
                 for size, s in ((None, 1), (4, 1), (1, 1), (None, 2))]
         assert (runs[0] == runs[1]).all() and (runs[0] == runs[2]).all() and (runs[0] != runs[3]).any()
 
@@ -497,7 +553,8 @@ def test_the_latent_buys_the_joint_in_one_step():
     assert with_z["acc"] == 1 and with_z["kl"] < 0.001
     without = ds.metrics(diffusion.sample(PerfectPairs(0), masks, 1, temperature=1.0, generator=g))
     assert abs(without["acc"] - 0.1) < 0.01 and abs(without["kl"] - LN10) < 0.1
-    assert ds.metrics(diffusion.sample(PerfectPairs(0), masks, 2, temperature=1.0, generator=g))["acc"] == 1
+    assert ds.metrics(diffusion.sample(PerfectPairs(0), masks, 2, temperature=1.0,
+                                       generator=g))["acc"] == 1
 
 
 def test_sampler_refuses_what_it_does_not_know():
@@ -506,9 +563,11 @@ def test_sampler_refuses_what_it_does_not_know():
             diffusion.sample(Recorder(2), torch.full((1, 2), 5), **kw)
 
 
-# --------------------------------------------------------------------------------------------------------------- data
+# ---------------------------------------------------------------------------------------------------------------
+# data
 
-@pytest.mark.parametrize("name, entropy", [("pairs", LN10), ("d1", LN10), ("d2", 2 * LN10), ("needle", 13 * LN10)])
+@pytest.mark.parametrize("name, entropy", [("pairs", LN10), ("d1", LN10), ("d2", 2 * LN10),
+                                           ("needle", 13 * LN10)])
 def test_synthetic_data_are_what_the_paper_says(name, entropy):
     ds = data.load(name)
     x = ds.batch(4000, torch.Generator().manual_seed(0))
@@ -520,19 +579,22 @@ def test_synthetic_data_are_what_the_paper_says(name, entropy):
         assert torch.bincount(x[:, 4:-4].flatten()).min() > 4000 * 12 / 10 * 0.9
     metrics = ds.metrics(x)
     assert metrics["acc"] == 1 and metrics["kl"] < 0.02
-    bad = ds.metrics((x + torch.eye(ds.seq_len, dtype=torch.long)[0]) % 10)  # first token off by one
-    assert bad["acc"] == 0 and abs(bad["kl"] - (12 * LN10 - ds.probs.log().neg().mean().item())) < 1e-6   # the floor of 1e-12
+    # first token off by one
+    bad = ds.metrics((x + torch.eye(ds.seq_len, dtype=torch.long)[0]) % 10)
+    # the floor of 1e-12
+    assert bad["acc"] == 0 and abs(bad["kl"] - (12 * LN10 - ds.probs.log().neg().mean().item())) < 1e-6
 
 
 def test_probabilities_and_kl_of_the_other_two_token_data():
     ds = data.load("pairs_nonuniform")
     assert_close(ds.true_joint()[9, 0].item(), 10 / 55)
-    assert_close(ds.joint(ds.batch(200_000, torch.Generator().manual_seed(0))), ds.true_joint(), atol=0.003, rtol=0)
+    assert_close(ds.joint(ds.batch(200_000, torch.Generator().manual_seed(0))), ds.true_joint(),
+                 atol=0.003, rtol=0)
     for p in (0.1, 0.3, 1.0):
         joint = data.load("pairs_strength", strength=p).true_joint()
         assert_close(joint[3, 4].item(), p / 10), assert_close(joint[3, 5].item(), (1 - p) / 90)
         assert_close(joint.sum().item(), 1.0)
-    x = torch.tensor([[0, 1]] * 3 + [[1, 2]])                                # KL by hand: 10 pairs, two seen
+    x = torch.tensor([[0, 1]] * 3 + [[1, 2]])        # KL by hand: 10 pairs, two seen
     want = 0.1 * (math.log(0.1 / 0.75) + math.log(0.1 / 0.25) + 8 * math.log(0.1 / 1e-12))
     assert_close(data.load("pairs").metrics(x), {"acc": 1.0, "kl": want})
 
@@ -549,10 +611,14 @@ def test_arrays_are_checked(tmp_path):
     ds = data.load("array", data_path=tmp_path / "x.npy")
     assert (ds.vocab_size, ds.seq_len, len(ds.x_train), len(ds.x_test)) == (7, 3, 18, 2)
     both = torch.cat([ds.x_train, ds.x_test])
-    assert sorted(map(tuple, both.tolist())) == sorted(map(tuple, x.tolist()))           # a split: every row once
-    assert ds.batch(5).dtype == torch.int64 and data.load("array", data_path=tmp_path / "x.npy", vocab_size=9).vocab_size == 9
-    broken = dict(float=np.zeros((3, 3)), flat=np.zeros(3, int), negative=-np.ones((3, 3), int), one=np.zeros((1, 3), int),
-                  empty=np.zeros((3, 0), int), pickled=np.array([[{}], [{}]]), huge=np.full((2, 2), 2**40))
+    # a split: every row once
+    assert sorted(map(tuple, both.tolist())) == sorted(map(tuple, x.tolist()))
+    assert ds.batch(5).dtype == torch.int64 and data.load("array", data_path=tmp_path / "x.npy",
+                                                          vocab_size=9).vocab_size == 9
+    broken = dict(float=np.zeros((3, 3)), flat=np.zeros(3, int), negative=-np.ones((3, 3), int),
+                  one=np.zeros((1, 3), int),
+                  empty=np.zeros((3, 0), int), pickled=np.array([[{}], [{}]]), huge=np.full((2, 2),
+                                                                                            2**40))
     for name, value in broken.items():
         np.save(tmp_path / f"{name}.npy", value)
         with pytest.raises(ValueError):
@@ -576,10 +642,12 @@ def test_sequences_are_parsed_as_they_are_shown():
             data.parse(text, 2, 10)
 
 
-# ----------------------------------------------------------------------------------------------------------- training
+# -----------------------------------------------------------------------------------------------------------
+# training
 
-FAST = ["--steps", "6", "--batch-size", "8", "--layers", "2", "--encoder-layers", "1", "--width", "16", "--heads", "2",
-        "--latent-dim", "4", "--log-every", "2", "--eval-every", "3"]
+FAST = ["--steps", "6", "--batch-size", "8", "--layers", "2", "--encoder-layers", "1", "--width",
+        "16", "--heads", "2",
+        "--latent-dim", "4", "--ema", "0", "--log-every", "2", "--eval-every", "3"]
 
 
 @pytest.fixture(autouse=True)
@@ -599,7 +667,8 @@ def same(a, b):
 @pytest.mark.parametrize("ema", ["0", "0.9"])
 def test_interrupted_and_resumed_training_is_bit_identical(tmp_path, monkeypatch, ema):
     flags = FAST + ["--ema", ema, "--dataset", "d1", "--block-size", "2"]
-    assert train.main(flags + ["--out", str(tmp_path / "a"), "--log-every", "5", "--eval-every", "6"]) == 0
+    assert train.main(flags + ["--out", str(tmp_path / "a"), "--log-every", "5", "--eval-every",
+                               "6"]) == 0
     schedule = train.kl_weight_at
 
     def ctrl_c(progress, a):
@@ -609,7 +678,7 @@ def test_interrupted_and_resumed_training_is_bit_identical(tmp_path, monkeypatch
     monkeypatch.setattr(train, "kl_weight_at", ctrl_c)
     assert train.main(flags + ["--out", str(tmp_path / "b")]) == 130
     monkeypatch.undo()
-    assert weights(tmp_path / "b")["step"] == 4                              # Ctrl-C saves after the step it falls in
+    assert weights(tmp_path / "b")["step"] == 4        # Ctrl-C saves after the step it falls in
     assert train.main(["--resume", "--out", str(tmp_path / "b")]) == 0
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert same(a["model"], b["model"]) and (ema == "0" or same(a["ema"], b["ema"]))
@@ -622,7 +691,8 @@ def test_a_finished_run_resumes_to_itself_and_a_new_one_moves_it_aside(tmp_path,
     assert train.main(["--resume", "--out", str(tmp_path)]) == 0
     assert same(before, weights(tmp_path)["model"])
     assert train.main(FAST + ["--out", str(tmp_path), "--seed", "1"]) == 0
-    assert same(before, weights(tmp_path / "1")["model"]) and not same(before, weights(tmp_path)["model"])
+    assert same(before, weights(tmp_path / "1")["model"]) and not same(before,
+                                                                       weights(tmp_path)["model"])
     assert f"moved the earlier run in {tmp_path}" in capsys.readouterr().out
 
 
@@ -631,14 +701,17 @@ def gradients(folder):
     return [s["exp_avg"] for s in weights(folder)["optimizer"]["state"].values()]
 
 
-ONE_STEP = FAST + ["--steps", "1", "--clip", "0", "--dataset", "d2", "--block-size", "2", "--batch-size", "16"]
+ONE_STEP = FAST + ["--steps", "1", "--clip", "0", "--dataset", "d2", "--block-size", "2",
+                   "--batch-size", "16"]
 
 
 def test_two_processes_and_two_micro_batches_give_the_gradient_of_one(tmp_path):
     assert train.main(ONE_STEP + ["--out", str(tmp_path / "one")]) == 0
     assert train.main(ONE_STEP + ["--out", str(tmp_path / "accum"), "--grad-accum", "2"]) == 0
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(HERE / "train.py")]
-    done = subprocess.run(run + ONE_STEP + ["--out", str(tmp_path / "two")], capture_output=True, text=True,
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+           str(HERE / "train.py")]
+    done = subprocess.run(run + ONE_STEP + ["--out", str(tmp_path / "two")], capture_output=True,
+                          text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=180)
     assert done.returncode == 0, done.stderr
     one = gradients(tmp_path / "one")
@@ -649,7 +722,8 @@ def test_two_processes_and_two_micro_batches_give_the_gradient_of_one(tmp_path):
 
 
 def test_schedules():
-    a = train.settle(["--kl-start", "0.01", "--kl-weight", "4", "--kl-ramp", "0.2", "0.6", "--lr", "0.1", "--warmup", "10",
+    a = train.settle(["--decay-from", "0", "--kl-start", "0.01", "--kl-weight", "4", "--kl-ramp", "0.2", "0.6", "--lr",
+                      "0.1", "--warmup", "10",
                       "--steps", "110", "--schedule", "cosine"])[0]
     assert [train.kl_weight_at(p, a) for p in (0, 0.2, 0.6, 1)] == pytest.approx([0.01, 0.01, 4, 4])
     assert train.kl_weight_at(0.4, a) == pytest.approx(0.2)                  # the geometric mean
@@ -657,17 +731,22 @@ def test_schedules():
     assert train.kl_weight_at(0.4, a) == pytest.approx(2.005)
     a.kl_schedule = "none"
     assert train.kl_weight_at(0, a) == 4
-    assert [train.lr_at(s, a) for s in (0, 9, 10, 60, 110)] == pytest.approx([0.01, 0.1, 0.1, 0.05, 0])
+    assert [train.lr_at(s, a) for s in (0, 9, 10, 60, 110)] == pytest.approx([0.01, 0.1, 0.1, 0.05,
+                                                                              0])
+    a.decay_from = 0.5
+    assert [train.lr_at(s, a) for s in (54, 55, 82.5, 110)] == pytest.approx([0.1, 0.1, 0.05, 0])
     a.schedule = "constant"
     assert train.lr_at(109, a) == 0.1
 
 
-def test_a_non_finite_gradient_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
+def test_a_non_finite_gradient_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys,
+                                                                        monkeypatch):
     plain = train.objective
 
     def poisoned(model, x0, noise, kind, kl_weight):
         poisoned.calls += 1
-        return [v * (math.nan if poisoned.calls == 5 else 1) for v in plain(model, x0, noise, kind, kl_weight)]
+        return [v * (math.nan if poisoned.calls == 5 else 1) for v in plain(model, x0, noise, kind,
+                                                                            kl_weight)]
     poisoned.calls = 0
     monkeypatch.setattr(train, "objective", poisoned)
     monkeypatch.setattr(train, "evaluate", lambda *a, **k: dict(loss=1.0, active=[1]))
@@ -682,22 +761,36 @@ def test_decoder_from_a_pretrained_baseline_trained_on_or_frozen(tmp_path):
     assert train.main(FAST + ["--latent-dim", "0", "--out", str(base)]) == 0
     for flags, moves in (([], True), (["--freeze-decoder"], False)):
         out = tmp_path / f"vmd{moves}"
-        assert train.main(FAST + flags + ["--init-from", str(base / "last.pt"), "--out", str(out)]) == 0
+        assert train.main(FAST + flags + ["--init-from", str(base / "last.pt"), "--out",
+                                          str(out)]) == 0
         a, b = weights(base)["model"], weights(out)["model"]
         assert same(a, {k: b[k] for k in a}) != moves
         assert any(k.startswith("encoder.") for k in b)
     ckpt, tuned = weights(base), load_checkpoint(tmp_path / "vmdFalse" / "last.pt")[0]
     x, z = torch.full((3, 2), 10), torch.randn(3, 1, 4)
     with torch.no_grad():
-        tuned.conditioner.mod.weight.zero_()                                 # without z's push it is the baseline, exactly
-        assert_close(tuned.decode(x, x.clamp(max=9), z), load_checkpoint(base / "last.pt")[0].decode(x, x.clamp(max=9), None))
+        tuned.conditioner.mod.weight.zero_()        # without z's push it is the baseline, exactly
+        assert_close(tuned.decode(x, x.clamp(max=9), z),
+                     load_checkpoint(base / "last.pt")[0].decode(x, x.clamp(max=9), None))
+
+
+def test_averaged_weights_follow_their_definition():
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema, want = train.averaged(model, 0.3), None
+    for n, w in enumerate([1.0, 2.0, 5.0, -3.0]):
+        model.weight.data.fill_(w)
+        ema.update_parameters(model)
+        decay = min(0.3, (1 + n) / (10 + n))
+        want = w if n == 0 else decay * want + (1 - decay) * w
+        assert_close(ema.module.weight.item(), want)
 
 
 def test_the_latent_learns_pairs_and_the_baseline_cannot(tmp_path):
     """The claim of the paper, small: one step, two tokens that depend on each other."""
     results = {}
     for Z in ("8", "0"):
-        flags = ["--layers", "2", "--width", "32", "--heads", "2", "--latent-dim", Z, "--steps", "400", "--batch-size", "256",
+        flags = ["--layers", "2", "--width", "32", "--heads", "2", "--latent-dim", Z, "--steps",
+                 "400", "--batch-size", "256",
                  "--eval-every", "400", "--out", str(tmp_path / Z), "--lr", "3e-3"]
         assert train.main(flags) == 0
         m, ckpt = load_checkpoint(tmp_path / Z / "last.pt")
@@ -709,7 +802,8 @@ def test_the_latent_learns_pairs_and_the_baseline_cannot(tmp_path):
 
 def test_best_is_not_overwritten_by_worse(tmp_path, monkeypatch):
     losses = iter([2.0, 1.0, 3.0])
-    monkeypatch.setattr(train, "evaluate", lambda *a, **k: dict(loss=next(losses, 9.0), active=[1], one_step_acc=0.0, one_step_kl=0.0))
+    monkeypatch.setattr(train, "evaluate", lambda *a, **k: dict(loss=next(losses, 9.0), active=[1],
+                                                                one_step_acc=0.0, one_step_kl=0.0))
     assert train.main(FAST + ["--eval-every", "2", "--out", str(tmp_path)]) == 0
     assert weights(tmp_path, "best.pt")["step"] == 4 and weights(tmp_path, "best.pt")["best"] == 1.0
     assert weights(tmp_path)["step"] == 6
@@ -717,7 +811,8 @@ def test_best_is_not_overwritten_by_worse(tmp_path, monkeypatch):
     assert [r["step"] for r in lines if "eval" in r] == [2, 4, 6]
 
 
-# ------------------------------------------------------------------------------------------- scripts, as users run them
+# -------------------------------------------------------------------------------------------
+# scripts, as users run them
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -729,7 +824,8 @@ def trained(tmp_path_factory):
 
 
 def run_script(folder, script, *flags, status=0):
-    done = subprocess.run([sys.executable, str(HERE / script), *flags], cwd=folder, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, str(HERE / script), *flags], cwd=folder,
+                          capture_output=True, text=True,
                           timeout=180)
     assert done.returncode == status, done.stderr
     return done
@@ -739,43 +835,58 @@ def test_scripts_run_one_after_the_other_without_flags(trained):
     assert {p.name for p in (trained / "out").iterdir()} == {"last.pt", "best.pt", "log.jsonl"}
     lines = run_script(trained, "sample.py").stdout.splitlines()
     assert len(lines) == 10 and all(re.fullmatch(r"\d \d", s) for s in lines)
-    out = run_script(trained, "eval.py", "--num", "200", "--bound-num", "100", "--nfe", "1", "2", "--iwae", "2", "--remask", "prob",
+    out = run_script(trained, "eval.py", "--num", "200", "--bound-num", "100", "--nfe", "1", "2",
+                     "--iwae", "2", "--remask", "prob",
                      "margin", "--latent", "fixed", "encoder", "--json", "r.json").stdout
     assert "not a bound" in out and "generated" in out and "active latent units" in out
     r = json.loads((trained / "r.json").read_text())
-    assert {"dataset", "checkpoint", "step", "seed", "device", "seconds", "params", "rows", "bounds"} <= r.keys()
-    assert len(r["rows"]) == 8 and {"nfe", "remask", "temperature", "latent", "acc", "kl"} <= r["rows"][0].keys()
-    assert [(b["bound"], b["steps"]) for b in r["bounds"]] == [("printed", None), ("nelbo", 1), ("nelbo", 2), ("nelbo", 4),
-                                                               ("nelbo", None), ("iwae_2", 1), ("iwae_2", 2), ("iwae_2", 4)]
+    assert {"dataset", "checkpoint", "step", "seed", "device", "seconds", "params", "rows",
+            "bounds"} <= r.keys()
+    assert len(r["rows"]) == 8 and {"nfe", "remask", "temperature", "latent", "acc",
+                                    "kl"} <= r["rows"][0].keys()
+    assert [(b["bound"], b["steps"]) for b in r["bounds"]] == [("printed", None), ("nelbo", 1),
+                                                               ("nelbo", 2), ("nelbo", 4),
+                                                               ("nelbo", None), ("iwae_2",
+                                                                                 1), ("iwae_2",
+                                                                                      2), ("iwae_2", 4)]
     assert 0 <= r["rows"][0]["acc"] <= 1 and all({"nats", "se"} <= b.keys() for b in r["bounds"])
 
 
 def test_infilling_keeps_what_is_given(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
-    assert sampling.main(["--infill", "3 _", "--num", "4", "--nfe", "2", "--out", "samples.txt"]) == 0
+    assert sampling.main(["--infill", "3 _", "--num", "4", "--nfe", "2", "--out",
+                          "samples.txt"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and all(s.startswith("3 ") for s in lines)
     assert (trained / "samples.txt").read_text().splitlines() == lines
-    assert sampling.main(["--infill", "3 4", "--num", "1"]) == 0 and capsys.readouterr().out == "3 4\n"
+    assert sampling.main(["--infill", "3 4", "--num",
+                          "1"]) == 0 and capsys.readouterr().out == "3 4\n"
     assert sampling.main(["--seed", "5"]) == 0
     first = capsys.readouterr().out
-    assert sampling.main(["--seed", "5", "--batch-size", "3"]) == 0 and capsys.readouterr().out == first
+    assert sampling.main(["--seed", "5", "--batch-size",
+                          "3"]) == 0 and capsys.readouterr().out == first
 
 
 @pytest.mark.parametrize("flags", [
-    ["--dataset", "pairs_nonuniform", "--conditioning", "shared"], ["--dataset", "pairs_strength", "--strength", "0.3"],
-    ["--dataset", "d1", "--block-size", "2", "--pooling", "gated"], ["--dataset", "d2", "--block-size", "1", "--latent-dim", "0"],
-    ["--dataset", "needle", "--length", "9", "--conditioning", "add"], ["--dataset", "array", "--data-path", "tokens.npy"],
-    ["--objective", "nelbo", "--objective-steps", "2"], ["--preset", "paper"], ["--dtype", "bfloat16", "--optimizer", "adamw"]])
+    ["--dataset", "pairs_nonuniform", "--conditioning", "shared"], ["--dataset", "pairs_strength",
+                                                                    "--strength", "0.3"],
+    ["--dataset", "d1", "--block-size", "2", "--pooling", "gated"], ["--dataset", "d2",
+                                                                     "--block-size", "1", "--latent-dim", "0"],
+    ["--dataset", "needle", "--length", "9", "--conditioning", "add"], ["--dataset", "array",
+                                                                        "--data-path", "tokens.npy"],
+    ["--objective", "nelbo", "--objective-steps", "2"], ["--preset", "paper"], ["--dtype",
+                                                                                "bfloat16", "--optimizer", "adamw"]])
 def test_every_dataset_and_choice_trains_samples_and_evaluates(trained, monkeypatch, capsys, flags):
     monkeypatch.chdir(trained)
     assert train.main(FAST + ["--out", "other"] + flags) == 0
     for latent in diffusion.LATENT:
         assert sampling.main(["--ckpt", "other/last.pt", "--latent", latent, "--nfe", "2"]) == 0
-    assert evaluation.main(["--ckpt", "other/last.pt", "--num", "50", "--bound-num", "20", "--json", "o.json"]) == 0
+    assert evaluation.main(["--ckpt", "other/last.pt", "--num", "50", "--bound-num", "20",
+                            "--json", "o.json"]) == 0
     assert "Traceback" not in capsys.readouterr().err
     r = json.loads((trained / "o.json").read_text())
-    assert ("cond_acc" in r["rows"][0]) == ("needle" in flags) and all(math.isfinite(b["nats"]) for b in r["bounds"])
+    assert ("cond_acc" in r["rows"][0]) == ("needle" in flags) and all(math.isfinite(b["nats"])
+                                                                       for b in r["bounds"])
 
 
 def test_heat_map_draws_what_it_is_given():
@@ -795,21 +906,51 @@ def test_plot_writes_an_image_or_names_the_package(trained, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("script, flags", [
-    ("train", ["--dataset", "chess"]), ("train", ["--steps", "0"]), ("train", ["--steps", "x"]), ("train", ["--lr", "nan"]),
-    ("train", ["--lr", "-1"]), ("train", ["--block-size", "3"]), ("train", ["--width", "30"]), ("train", ["--latent-dim", "-1"]),
-    ("train", ["--kl-ramp", "0.6", "0.2"]), ("train", ["--kl-start", "0"]), ("train", ["--kl-weight", "0"]), ("train", ["--ema", "1"]),
-    ("train", ["--t-min", "0"]), ("train", ["--objective-steps", "2"]), ("train", ["--freeze-decoder"]), ("train", ["--dataset", "array"]),
-    ("train", ["--dataset", "array", "--data-path", "none.npy"]), ("train", ["--data-path", "tokens.npy"]),
-    ("train", ["--dataset", "needle", "--length", "7"]), ("train", ["--dataset", "pairs_strength", "--strength", "2"]),
-    ("train", ["--init-from", "none.pt"]), ("train", ["--init-from", "out/last.pt"]), ("train", ["--resume", "--out", "nowhere"]),
-    ("train", ["--resume", "--lr", "0.5"]), ("train", ["--grad-accum", "3", "--batch-size", "8"]), ("train", ["--device", "tpu9"]),
-    ("train", ["--warmup", "-1"]), ("train", ["--clip", "inf"]), ("train", ["--no-such-flag"]), ("train", ["--layers", "0"]),
-    ("sample", ["--ckpt", "none.pt"]), ("sample", ["--ckpt", "tokens.npy"]), ("sample", ["--num", "0"]), ("sample", ["--nfe", "0"]),
-    ("sample", ["--infill", "3"]), ("sample", ["--infill", "3 11"]), ("sample", ["--infill", "a _"]), ("sample", ["--temperature", "-1"]),
-    ("sample", ["--remask", "best"]), ("sample", ["--batch-size", "0"]), ("sample", ["--out", "no/such/folder/x"]),
+    ("train", ["--dataset", "chess"]), ("train", ["--steps", "0"]), ("train",
+                                                                     ["--steps", "x"]), ("train",
+                                                                                         ["--lr",
+                                                                                          "nan"]),
+    ("train", ["--lr", "-1"]), ("train", ["--block-size", "3"]), ("train",
+                                                                  ["--width", "30"]), ("train",
+                                                                                       ["--latent-dim", "-1"]),
+    ("train", ["--kl-ramp", "0.6", "0.2"]), ("train", ["--kl-start", "0"]), ("train",
+                                                                             ["--kl-weight",
+                                                                              "0"]), ("train",
+                                                                                      ["--ema",
+                                                                                       "1"]),
+    ("train", ["--t-min", "0"]), ("train", ["--objective-steps", "2"]), ("train",
+                                                                         ["--freeze-decoder"]), ("train", ["--dataset", "array"]),
+    ("train", ["--dataset", "array", "--data-path", "none.npy"]), ("train",
+                                                                   ["--data-path", "tokens.npy"]),
+    ("train", ["--dataset", "needle", "--length", "7"]), ("train", ["--dataset", "pairs_strength",
+                                                                    "--strength", "2"]),
+    ("train", ["--init-from", "none.pt"]), ("train", ["--init-from", "out/last.pt"]), ("train",
+                                                                                       ["--resume",
+                                                                                        "--out", "nowhere"]),
+    ("train", ["--resume", "--lr", "0.5"]), ("train", ["--grad-accum", "3", "--batch-size",
+                                                       "8"]), ("train", ["--device", "tpu9"]),
+    ("train", ["--warmup", "-1"]), ("train", ["--clip", "inf"]), ("train",
+                                                                  ["--no-such-flag"]), ("train",
+                                                                                        ["--layers", "0"]),
+    ("sample", ["--ckpt", "none.pt"]), ("sample", ["--ckpt", "tokens.npy"]), ("sample",
+                                                                              ["--num",
+                                                                               "0"]), ("sample",
+                                                                                       ["--nfe",
+                                                                                        "0"]),
+    ("sample", ["--infill", "3"]), ("sample", ["--infill", "3 11"]), ("sample",
+                                                                      ["--infill",
+                                                                       "a _"]), ("sample",
+                                                                                 ["--temperature",
+                                                                                  "-1"]),
+    ("sample", ["--remask", "best"]), ("sample", ["--batch-size", "0"]), ("sample",
+                                                                          ["--out",
+                                                                           "no/such/folder/x"]),
     ("sample", ["--temperature", "nan"]), ("sample", ["--device", "tpu9"]),
-    ("eval", ["--ckpt", "none.pt"]), ("eval", ["--num", "0"]), ("eval", ["--nfe", "0"]), ("eval", ["--bound-steps", "-1"]),
-    ("eval", ["--iwae", "-1"]), ("eval", ["--latent", "none"]), ("eval", ["--json", "no/such/folder/x", "--num", "10", "--bound-steps"]),
+    ("eval", ["--ckpt", "none.pt"]), ("eval", ["--num", "0"]), ("eval", ["--nfe", "0"]), ("eval",
+                                                                                          ["--bound-steps", "-1"]),
+    ("eval", ["--iwae", "-1"]), ("eval", ["--latent", "none"]), ("eval",
+                                                                 ["--json", "no/such/folder/x",
+                                                                  "--num", "10", "--bound-steps"]),
     ("eval", ["--temperature", "-1"]), ("eval", ["--data-path", "tokens.npy"])])
 def test_wrong_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, script, flags):
     monkeypatch.chdir(trained)
@@ -817,7 +958,7 @@ def test_wrong_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, sc
     main = dict(train=train, sample=sampling, eval=evaluation)[script].main
     try:
         status = main(flags)
-    except SystemExit as e:                                                  # argparse's own way out
+    except SystemExit as e:        # argparse's own way out
         status = e.code
     err = capsys.readouterr().err.strip()
     assert status == 2 and err.count("\n") == 0 and err.startswith(f"{script}.py: "), err
@@ -851,7 +992,8 @@ def test_a_save_that_dies_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_single_files_import_alone(tmp_path, name):
     shutil.copy(HERE / f"{name}.py", tmp_path)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, env=env, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, env=env, check=True,
+                   timeout=60)
 
 
 def test_readme_commands_parse_and_name_real_files():
@@ -860,4 +1002,5 @@ def test_readme_commands_parse_and_name_real_files():
     assert len(commands) >= 6
     for script, flags in commands:
         parser = dict(train=train, sample=sampling, eval=evaluation)[script].build_parser()
-        parser.parse_args([re.sub(r"\$\{?\w+\}?", "1", f).strip('"') for f in re.findall(r'"[^"]*"|\S+', flags)])
+        parser.parse_args([re.sub(r"\$\{?\w+\}?", "1",
+                                  f).strip('"') for f in re.findall(r'"[^"]*"|\S+', flags)])

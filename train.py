@@ -21,88 +21,125 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
 from diffusion import active_units, draw_noise, objective, sample
 from model import CHECKPOINT_VERSION, CONDITIONING, POOLING, VMD, Config, load_checkpoint, usable
 
-# Appendix C.1, and a size for two CPU cores. What the paper leaves open: heads.
-PAPER = dict(width=64, heads=4, layers=8, encoder_layers=2, latent_dim=32, conditioning="adaln", pooling="mean",
-             batch_size=10_000, steps=2000, optimizer="adam", lr=1e-3, schedule="constant", decay_from=0.0, warmup=0, weight_decay=0.0,
-             clip=0.0, ema=0.0, t_min=1e-3, kl_weight=1.0, kl_schedule="none", kl_start=1e-3, kl_ramp=(0.1, 0.6))
-CPU = PAPER | dict(layers=4, encoder_layers=1, batch_size=512, steps=2000, schedule="cosine", warmup=50, clip=1.0,
-                   t_min=0.1, kl_schedule="geometric")
+# Appendix C.1. What the paper leaves open: heads, how t is kept from 0.
+PAPER = dict(
+    width=64, heads=4, layers=8, encoder_layers=2, latent_dim=32, conditioning="adaln",
+    pooling="mean", batch_size=10_000, steps=2000, optimizer="adam", lr=1e-3, schedule="constant",
+    decay_from=0.0, warmup=0, weight_decay=0.0, clip=0.0, ema=0.0, t_min=1e-3, kl_weight=1.0,
+    kl_schedule="none", kl_start=1e-3, kl_ramp=(0.05, 0.4))
+# Two CPU cores, minutes. A larger t_min spends the samples where z matters; a KL weight above 1
+# closes the holes that the posteriors leave in the prior (pairs collapse at 2, see the README).
+CPU = PAPER | dict(
+    layers=3, encoder_layers=1, batch_size=512, steps=2000, lr=2e-3, schedule="cosine",
+    decay_from=0.5, warmup=50, clip=1.0, ema=0.998, t_min=0.2, kl_weight=1.3,
+    kl_schedule="geometric")
 PRESETS = {name: {"paper": dict(PAPER), "cpu": dict(CPU)} for name in data.DATASETS}
-PRESETS["pairs"]["paper"]["kl_weight"] = 4.0    # C.1: "for the uniform data experiments"
+PRESETS["pairs"]["paper"]["kl_weight"] = 4.0  # C.1: "for the uniform data experiments"
+PRESETS["d1"]["cpu"]["steps"], PRESETS["d2"]["cpu"]["steps"] = 3000, 4000
+PRESETS["needle"]["cpu"] |= dict(batch_size=128, steps=1500, t_min=0.8, kl_start=1e-2)
 FREE_ON_RESUME = {"resume", "out", "device", "compile", "log_every", "eval_every"}
+LATENT_PARTS = ("encoder.", "conditioner.")  # names of parameters that the baseline lacks
 EVAL_SEQUENCES = 2000
 
 
 def build_parser():
     """The command line. Flags without a default of their own take the preset's."""
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.error = lambda message: p.exit(2, f"train.py: {message}; see --help\n")
     g = p.add_argument_group("data")
     g.add_argument("--dataset", choices=data.DATASETS, default="pairs", help="what to learn")
     g.add_argument("--data-path", metavar="FILE", help="array: an (N, L) integer .npy file")
-    g.add_argument("--vocab-size", type=int, help="array: V, if larger than the largest id plus one")
-    g.add_argument("--strength", type=float, default=1.0, help="pairs_strength: probability p of the successor, 0..1")
-    g.add_argument("--length", type=int, default=20, help="needle: sequence length L in tokens, at least 8")
+    g.add_argument("--vocab-size", type=int,
+                   help="array: V, if larger than the largest id plus one")
+    g.add_argument("--strength", type=float, default=1.0,
+                   help="pairs_strength: probability p of the successor, 0..1")
+    g.add_argument("--length", type=int, default=20,
+                   help="needle: sequence length L in tokens, at least 8")
     g = p.add_argument_group("model (default: the preset's)")
-    g.add_argument("--preset", choices=("paper", "cpu"), help="paper: Appendix C; cpu: two cores; default: paper with CUDA, else cpu")
-    g.add_argument("--block-size", type=int, default=0, help="tokens per block r, a divisor of L; 0: one block")
-    for name, text in (("width", "D"), ("heads", "attention heads H"), ("layers", "decoder layers"),
-                       ("encoder-layers", "encoder layers"), ("latent-dim", "Z per block; 0: the baseline without latents")):
-        g.add_argument(f"--{name}", type=int, help=text)
+    g.add_argument("--preset", choices=("paper", "cpu"),
+                   help="paper: Appendix C; cpu: two cores; default: paper with CUDA, else cpu")
+    g.add_argument("--block-size", type=int, default=0,
+                   help="tokens per block r, a divisor of L; 0: one block")
+    g.add_argument("--width", type=int, help="D")
+    g.add_argument("--heads", type=int, help="attention heads H")
+    g.add_argument("--layers", type=int, help="decoder layers")
+    g.add_argument("--encoder-layers", type=int, help="encoder layers")
+    g.add_argument("--latent-dim", type=int, help="Z per block; 0: the baseline without latents")
     g.add_argument("--conditioning", choices=CONDITIONING, help="how z enters the decoder")
     g.add_argument("--pooling", choices=POOLING, help="how the encoder summarises a block")
     g = p.add_argument_group("objective (default: the preset's)")
-    g.add_argument("--objective", choices=("vmd", "nelbo"), default="vmd", help="vmd: Eqs. 6, 8; nelbo: a likelihood bound")
-    g.add_argument("--objective-steps", type=int, default=0, help="nelbo: N, the sampler's steps per block; 0: infinity")
-    g.add_argument("--t-min", type=float, help="t is uniform on (t_min, 1]; clips the weight 1/t (not used with N steps)")
+    g.add_argument("--objective", choices=("vmd", "nelbo"), default="vmd",
+                   help="vmd: Eqs. 6, 8; nelbo: a likelihood bound")
+    g.add_argument("--objective-steps", type=int, default=0,
+                   help="nelbo: N, the sampler's steps per block; 0: infinity")
+    g.add_argument("--t-min", type=float,
+                   help="t is uniform on (t_min, 1]; clips the weight 1/t (not used with N steps)")
     g.add_argument("--kl-weight", type=float, help="weight of the KL at the end of the ramp")
-    g.add_argument("--kl-schedule", choices=("none", "linear", "geometric"), help="how the weight rises from --kl-start")
+    g.add_argument("--kl-schedule", choices=("none", "linear", "geometric"),
+                   help="how the weight rises from --kl-start")
     g.add_argument("--kl-start", type=float, help="KL weight before the ramp, above 0")
-    g.add_argument("--kl-ramp", type=float, nargs=2, metavar=("FROM", "TO"), help="the ramp, as shares of the run, 0..1")
+    g.add_argument("--kl-ramp", type=float, nargs=2, metavar=("FROM", "TO"),
+                   help="the ramp, as shares of the run, 0..1")
     g = p.add_argument_group("optimisation (default: the preset's)")
     g.add_argument("--steps", type=int, help="optimiser steps")
     g.add_argument("--batch-size", type=int, help="sequences per step, over all processes")
-    g.add_argument("--grad-accum", type=int, default=1, help="micro-batches per step, to fit memory")
+    g.add_argument("--grad-accum", type=int, default=1,
+                   help="micro-batches per step, to fit memory")
     g.add_argument("--optimizer", choices=("adam", "adamw"), help="optimiser")
     g.add_argument("--lr", type=float, help="peak learning rate")
     g.add_argument("--schedule", choices=("constant", "cosine"), help="learning rate after warm-up")
-    g.add_argument("--decay-from", type=float, help="cosine: share of the run, 0..1, after which the rate falls to zero")
+    g.add_argument("--decay-from", type=float,
+                   help="cosine: share of the run, 0..1, after which the rate falls to zero")
     g.add_argument("--warmup", type=int, help="steps of linear warm-up")
     g.add_argument("--weight-decay", type=float, help="for adamw")
-    g.add_argument("--clip", type=float, help="largest gradient norm (of nats per token); 0: no clipping")
-    g.add_argument("--ema", type=float, help="decay of the averaged weights that are evaluated and sampled from; 0: none")
+    g.add_argument("--clip", type=float,
+                   help="largest gradient norm (of nats per token); 0: no clipping")
+    g.add_argument("--ema", type=float,
+                   help="decay of averaged weights, which are what is evaluated; 0: none")
     g = p.add_argument_group("run")
-    g.add_argument("--out", default="out", help="folder of checkpoints and log; an earlier run in it is moved aside")
-    g.add_argument("--resume", action="store_true", help="go on from last.pt in --out, bit for bit, with that run's settings")
-    g.add_argument("--init-from", metavar="CKPT", help="start from another checkpoint's decoder (E.5)")
-    g.add_argument("--freeze-decoder", action="store_true", help="with --init-from: train only encoder and latent pathway (E.5)")
-    g.add_argument("--seed", type=int, default=0, help="seed of weights, data and noise; CUDA kernels may still differ in the last bit")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    g.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="autocast type")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the step")
+    g.add_argument("--out", default="out",
+                   help="folder of checkpoints and log; an earlier run in it is moved aside")
+    g.add_argument("--resume", action="store_true",
+                   help="go on from last.pt in --out, bit for bit, with that run's settings")
+    g.add_argument("--init-from", metavar="CKPT",
+                   help="start from another checkpoint's decoder (E.5)")
+    g.add_argument("--freeze-decoder", action="store_true",
+                   help="with --init-from: train only encoder and latent pathway (E.5)")
+    g.add_argument("--seed", type=int, default=0,
+                   help="seed of weights, data and noise; CUDA kernels may differ in the last bit")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="torch device")
+    g.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                   help="autocast type")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                   help="torch.compile the step")
     g.add_argument("--log-every", type=int, default=100, help="steps between log lines")
-    g.add_argument("--eval-every", type=int, default=250, help="steps between evaluations, each after a checkpoint")
+    g.add_argument("--eval-every", type=int, default=250,
+                   help="steps between evaluations, each after a checkpoint")
     return p
 
 
 def settle(argv=None):
-    """argv -> (args with the preset filled in, the resumed checkpoint or None). Raises ValueError."""
+    """argv -> (args with the preset filled in, resumed checkpoint or None). Raises ValueError."""
     parser = build_parser()
     args = vars(parser.parse_args(argv))
-    unset = object()                                 # attributes that exist are not overwritten by defaults
+    unset = object()        # attributes that exist are not overwritten by defaults
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(args, unset))))
     given = {k: v for k, v in given.items() if v is not unset}
     if args["resume"]:
         _, ckpt = load_checkpoint(Path(args["out"]) / "last.pt", "cpu")
         for k, v in given.items():
             if k not in FREE_ON_RESUME and v != ckpt["args"][k]:
-                raise ValueError(f"--{k.replace('_', '-')} {v} contradicts the run to resume, which has {ckpt['args'][k]}")
+                raise ValueError(f"--{k.replace('_', '-')} {v} contradicts the run to resume, "
+                                 f"which has {ckpt['args'][k]}")
         free = {k: v for k, v in args.items() if k in FREE_ON_RESUME}
         return argparse.Namespace(**(ckpt["args"] | free)), ckpt
     args["preset"] = args["preset"] or ("paper" if args["device"].startswith("cuda") else "cpu")
@@ -120,14 +157,17 @@ def check(a):
             raise ValueError(f"--{k.replace('_', '-')} must be at least 1, not {getattr(a, k)}")
     for k in ("lr", "kl_start"):
         if not 0 < getattr(a, k) < math.inf:
-            raise ValueError(f"--{k.replace('_', '-')} must be a number above 0, not {getattr(a, k)}")
+            raise ValueError(f"--{k.replace('_', '-')} must be above 0, not {getattr(a, k)}")
     for k in ("kl_weight", "weight_decay", "clip", "warmup", "objective_steps"):
         if not 0 <= getattr(a, k) < math.inf:
             raise ValueError(f"--{k.replace('_', '-')} must be at least 0, not {getattr(a, k)}")
     if not 0 <= a.ema < 1 or not 0 < a.t_min < 1 or not 0 <= a.decay_from < 1:
-        raise ValueError(f"--ema and --decay-from must lie in [0, 1), --t-min in (0, 1), not {a.ema}, {a.decay_from}, {a.t_min}")
-    if not 0 <= a.kl_ramp[0] < a.kl_ramp[1] <= 1 or (a.kl_schedule == "geometric" and a.kl_weight == 0):
-        raise ValueError("--kl-ramp FROM TO needs 0 <= FROM < TO <= 1, and a geometric ramp a --kl-weight above 0")
+        raise ValueError(f"--ema {a.ema} and --decay-from {a.decay_from} must lie in [0, 1), "
+                         f"--t-min {a.t_min} in (0, 1)")
+    if not 0 <= a.kl_ramp[0] < a.kl_ramp[1] <= 1:
+        raise ValueError(f"--kl-ramp needs 0 <= FROM < TO <= 1, not {a.kl_ramp}")
+    if a.kl_schedule == "geometric" and a.kl_weight == 0:
+        raise ValueError("a geometric ramp cannot end at --kl-weight 0; use --kl-schedule linear")
     if a.objective_steps and a.objective != "nelbo":
         raise ValueError("--objective-steps needs --objective nelbo")
     if a.freeze_decoder and not (a.init_from and a.latent_dim):
@@ -137,7 +177,7 @@ def check(a):
 
 
 def kl_weight_at(progress, a):
-    """KL weight at a share 0..1 of the run: --kl-start, then up to --kl-weight over --kl-ramp, then held."""
+    """KL weight at a share 0..1 of the run: start, ramp up to --kl-weight, hold."""
     if a.kl_schedule == "none":
         return a.kl_weight
     u = min(1.0, max(0.0, (progress - a.kl_ramp[0]) / (a.kl_ramp[1] - a.kl_ramp[0])))
@@ -147,7 +187,7 @@ def kl_weight_at(progress, a):
 
 
 def lr_at(step, a):
-    """Learning rate: linear warm-up, then constant, or from a share --decay-from of the run on a half cosine to zero."""
+    """Learning rate: linear warm-up, then constant; cosine: falls to 0 after --decay-from."""
     if step < a.warmup:
         return a.lr * (step + 1) / a.warmup
     begin = max(a.warmup, a.decay_from * a.steps)
@@ -181,16 +221,18 @@ def save(path, state):
 
 @torch.no_grad()
 def evaluate(model, ds, a, samples=EVAL_SEQUENCES):
-    """Test loss at the final KL weight (nats per sequence), active latent units, and one-step metrics where truth is known.
+    """Test loss at the final KL weight, active latent units, one-step metrics where known.
 
-    Own seeds: training's random streams are not touched.
+    Nats per sequence. Own seeds: training's random streams are not touched.
     """
     model.eval()
     dev = next(model.parameters()).device
     g, gd = torch.Generator().manual_seed(1), torch.Generator(dev).manual_seed(1)
     x0 = ds.test(EVAL_SEQUENCES, g).to(dev)
-    noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, a.objective_steps or None, a.t_min, gd, dev)
-    loss, recon, kl = (v.mean().item() for v in objective(model, x0, noise, a.objective, a.kl_weight))
+    noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, a.objective_steps or None,
+                       a.t_min, gd, dev)
+    terms = objective(model, x0, noise, a.objective, a.kl_weight)
+    loss, recon, kl = (v.mean().item() for v in terms)
     out = dict(loss=loss, recon=recon, kl=kl, active=active_units(model, x0).tolist())
     if ds.entropy is not None:
         masks = torch.full((samples, ds.seq_len), ds.vocab_size, device=dev)
@@ -202,16 +244,18 @@ def evaluate(model, ds, a, samples=EVAL_SEQUENCES):
 
 
 def independent(ds, n=20_000):
-    """What one step without a latent can reach at best: metrics of the product of the true marginals."""
+    """The best that one step without a latent can do: metrics of the product of true marginals."""
     x = ds.test(n, torch.Generator().manual_seed(2))
     g = torch.Generator().manual_seed(3)
-    return ds.metrics(torch.stack([col[torch.randperm(n, generator=g)] for col in x.unbind(1)], dim=1))
+    shuffled = [column[torch.randperm(n, generator=g)] for column in x.unbind(1)]
+    return ds.metrics(torch.stack(shuffled, dim=1))
 
 
 def announce(a, model, ds, log):
     """Prints what will be trained, with what, and about how long it takes."""
     counts = model.param_counts()
-    log(f"dataset {ds.name}: L {ds.seq_len}, V {ds.vocab_size}, {ds.seq_len // model.block_size} block(s) of {model.block_size}"
+    K = ds.seq_len // model.block_size
+    log(f"dataset {ds.name}: L {ds.seq_len}, V {ds.vocab_size}, {K} block(s) of {model.block_size}"
         + (f", entropy {ds.entropy:.4f} nats" if ds.entropy is not None else ""))
     log("parameters: " + ", ".join(f"{k} {v:,}" for k, v in counts.items()))
     preset = PRESETS[a.dataset][a.preset]
@@ -221,8 +265,12 @@ def announce(a, model, ds, log):
     for _ in range(8):
         (m @ m).sum().item()
     rate = 8 * 2 * 1024**3 / (time.time() - start)
-    flop = 6 * (counts["decoder"] * (2 - model.block_size / ds.seq_len) + counts["encoder"]) * ds.seq_len * a.batch_size * a.steps
-    log(f"about {flop:.1e} FLOP; at 30% of this {a.device}'s matmul rate now ({rate / 1e9:.0f} GFLOP/s): {clock(flop / rate / 0.3)}")
+    streams = 2 - 1 / K                              # noisy and clean tokens per token of data
+    flop = 6 * a.steps * a.batch_size * (
+        ds.seq_len * streams * (counts["decoder"] + counts["encoder"])
+        + K * streams * counts["latent pathway"])
+    log(f"about {flop:.1e} FLOP: {clock(flop / rate / 0.3)} at 30% of the {rate / 1e9:.0f} GFLOP/s "
+        f"that a matmul gets on this {a.device} now")
 
 
 def clock(seconds):
@@ -231,31 +279,43 @@ def clock(seconds):
     return f"{s // 3600} h {s // 60 % 60:02d} min" if s >= 3600 else f"{s // 60} min {s % 60:02d} s"
 
 
+def averaged(model, decay):
+    """A copy of the model that update_parameters moves by an exponential average of the weights.
+
+    The decay of update n is min(decay, (1 + n) / (10 + n)), so that short runs forget the start.
+    """
+    def average(mean, now, n):
+        get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(mean, now, n)
+    return AveragedModel(model, multi_avg_fn=average)
+
+
 def setup(a, ckpt):
     """Dataset, model, optimizer, EMA and random streams, new or as the checkpoint left them."""
     torch.manual_seed(a.seed)
     ds = data.load(a.dataset, a.strength, a.length, a.data_path, a.vocab_size)
-    config = Config(ds.vocab_size, ds.seq_len, a.block_size or ds.seq_len, a.width, a.heads, a.layers, a.encoder_layers,
+    config = Config(ds.vocab_size, ds.seq_len, a.block_size or ds.seq_len, a.width, a.heads,
+                    a.layers, a.encoder_layers,
                     a.latent_dim, a.conditioning, a.pooling)
     model = VMD(config).to(a.device)
     if a.init_from and ckpt is None:
         source, _ = load_checkpoint(a.init_from, a.device)
-        weights = {k: v for k, v in source.state_dict().items() if not k.startswith(("encoder.", "conditioner."))}
-        own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith(("encoder.", "conditioner."))}
-        if own != {k: v.shape for k, v in weights.items()}:
+        weights, own = ({k: v for k, v in m.state_dict().items() if not k.startswith(LATENT_PARTS)}
+                        for m in (source, model))
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in weights.items()}:
             raise ValueError(f"the decoder of {a.init_from} has another shape: {source.config}")
         model.load_state_dict(weights, strict=False)
     for k, p in model.named_parameters():
-        p.requires_grad_(not a.freeze_decoder or k.startswith(("encoder.", "conditioner.")))
+        p.requires_grad_(not a.freeze_decoder or k.startswith(LATENT_PARTS))
     cls = torch.optim.AdamW if a.optimizer == "adamw" else torch.optim.Adam
     decay = a.weight_decay if a.optimizer == "adamw" else 0.0
-    opt = cls([p for p in model.parameters() if p.requires_grad], lr=a.lr, weight_decay=decay, fused=True)
-    average = torch.optim.swa_utils
-    ema = average.AveragedModel(model, multi_avg_fn=average.get_ema_multi_avg_fn(a.ema)) if a.ema else None
-    streams = {"data": torch.Generator().manual_seed(2 * a.seed), "noise": torch.Generator(a.device).manual_seed(2 * a.seed + 1)}
+    opt = cls([p for p in model.parameters() if p.requires_grad], lr=a.lr, weight_decay=decay,
+              fused=True)
+    ema = averaged(model, a.ema) if a.ema else None
+    streams = {"data": torch.Generator().manual_seed(2 * a.seed),
+               "noise": torch.Generator(a.device).manual_seed(2 * a.seed + 1)}
     if ckpt is not None:
         if asdict(config) != ckpt["config"]:
-            raise ValueError(f"the data no longer has the shape that the checkpoint was trained on: {ckpt['config']}")
+            raise ValueError(f"the data differs from what was trained on: {ckpt['config']}")
         model.load_state_dict(ckpt["model"])
         opt.load_state_dict(ckpt["optimizer"])
         for k, g in streams.items():
@@ -270,7 +330,8 @@ def setup(a, ckpt):
 def stop_signals():
     """Ctrl-C and SIGTERM end up in the list that this yields, to be looked at between steps."""
     stop = []
-    old = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    old = {s: signal.signal(s, lambda number, frame: stop.append(number))
+           for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
@@ -279,7 +340,7 @@ def stop_signals():
 
 
 def move_aside(out):
-    """Moves an earlier run's files in `out` to out/1, out/2, ... so that a new run loses nothing."""
+    """Moves an earlier run's files in `out` to out/1, out/2, ...: a new run loses nothing."""
     old = [p for p in (out / n for n in ("last.pt", "best.pt", "log.jsonl")) if p.exists()]
     if old:
         to = next(out / str(i) for i in range(1, 10**6) if not (out / str(i)).exists())
@@ -290,18 +351,22 @@ def move_aside(out):
 
 
 def update(step_fn, opt, x0, noise, kl_weight, a, rank, world):
-    """One optimiser step on this process's rows of the batch -> (loss, recon, kl) nats per sequence, gradient norm."""
+    """One optimiser step on this process's rows -> (loss, recon, kl) nats, gradient norm."""
     opt.zero_grad(set_to_none=True)
     parts, total = world * a.grad_accum, 0
     for j in range(a.grad_accum):
         rows = slice(rank * a.grad_accum + j, None, parts)
-        wait = world > 1 and j < a.grad_accum - 1            # gradients are averaged with the last micro-batch
+        # gradients are averaged with the last micro-batch
+        wait = world > 1 and j < a.grad_accum - 1
         with step_fn.no_sync() if wait else contextlib.nullcontext():
-            with torch.autocast(torch.device(a.device).type, torch.bfloat16, enabled=a.dtype == "bfloat16"):
-                loss, terms = step_fn(x0[rows].to(a.device), noise[rows], torch.tensor(kl_weight, device=a.device))
+            with torch.autocast(torch.device(a.device).type, torch.bfloat16,
+                                enabled=a.dtype == "bfloat16"):
+                loss, terms = step_fn(x0[rows].to(a.device), noise[rows],
+                                      torch.tensor(kl_weight, device=a.device))
             (loss / a.grad_accum).backward()
         total = total + terms / a.grad_accum
-    norm = nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]], a.clip or math.inf)
+    norm = nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]],
+                                    a.clip or math.inf)
     opt.step()
     return total, norm
 
@@ -318,7 +383,7 @@ def wrap(model, a, world):
 
 
 class Recorder:
-    """Means of the losses since the last line, written to the terminal and, as JSON, to log.jsonl; rank 0 only."""
+    """Means of the losses since the last line; writes to the terminal and to log.jsonl."""
 
     def __init__(self, a, tokens, step, log, journal):
         self.a, self.tokens, self.log, self.journal = a, tokens, log, journal
@@ -338,49 +403,58 @@ class Recorder:
         n, a = done - self.since, self.a
         loss, recon, kl = (self.sums / n).tolist()
         rate = n * self.tokens / (time.time() - self.clock)
-        self.log(f"step {done}/{a.steps}  loss {loss:.4f}  recon {recon:.4f}  kl {kl:.3f} x {kl_weight:.2g}  lr {lr:.1e}  "
-                 f"grad {norm:.2f}  {rate:,.0f} tok/s  ETA {clock(seconds / done * (a.steps - done))}")
-        self.write(step=done, loss=loss, recon=recon, kl=kl, kl_weight=kl_weight, lr=lr, grad_norm=norm.item(),
+        self.log(f"step {done}/{a.steps}  loss {loss:.4f}  recon {recon:.4f}  "
+                 f"kl {kl:.3f} x {kl_weight:.2g}  lr {lr:.1e}  grad {norm:.2f}  "
+                 f"{rate:,.0f} tok/s  ETA {clock(seconds / done * (a.steps - done))}")
+        self.write(step=done, loss=loss, recon=recon, kl=kl, kl_weight=kl_weight, lr=lr,
+                   grad_norm=norm.item(),
                    tokens_per_second=rate, seconds=seconds)
         self.reset(done)
 
     def evaluation(self, done, result):
         """The line of an evaluation, and a warning in plain words if the latent has collapsed."""
         self.write(step=done, eval=result)
-        self.log("  test " + "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+        shown = (f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
+        self.log("  test " + "  ".join(shown))
         if self.a.latent_dim and sum(result["active"]) == 0:
-            self.log("  the latent has collapsed: no unit is active, z says nothing. Start with a smaller --kl-start, "
-                     "let the ramp end later (--kl-ramp), or lower --kl-weight")
+            self.log("  the latent has collapsed: no unit is active, z says nothing. Lower "
+                     "--kl-start or --kl-weight, or let the ramp end later (--kl-ramp)")
 
 
 def train(a, ckpt, rank, world):
     """The training loop. Returns an exit status."""
     ds, model, opt, ema, streams = setup(a, ckpt)
     if a.batch_size % (world * a.grad_accum):
-        raise ValueError(f"--batch-size {a.batch_size} is not a multiple of processes x --grad-accum = {world * a.grad_accum}")
+        raise ValueError(f"--batch-size {a.batch_size} is not a multiple of "
+                         f"processes x --grad-accum = {world * a.grad_accum}")
     out, log = Path(a.out), (tqdm.write if rank == 0 else lambda line: None)
-    begin, best, spent = (ckpt["step"], ckpt["best"], ckpt["seconds"]) if ckpt else (0, math.inf, 0.0)
+    begin, best, spent = 0, math.inf, 0.0
+    if ckpt:
+        begin, best, spent = ckpt["step"], ckpt["best"], ckpt["seconds"]
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if ckpt is None:
             move_aside(out)
         announce(a, model, ds, log)
-    averaged, step_fn, start = ema.module if ema else model, wrap(model, a, world), time.time()
+    judged, step_fn, start = ema.module if ema else model, wrap(model, a, world), time.time()
 
     def state(step):
-        return dict(version=CHECKPOINT_VERSION, model=model.state_dict(), ema=ema.module.state_dict() if ema else None,
-                    optimizer=opt.state_dict(), step=step, best=best, seconds=spent + time.time() - start, args=vars(a),
+        return dict(version=CHECKPOINT_VERSION, model=model.state_dict(),
+                    ema=ema.module.state_dict() if ema else None,
+                    optimizer=opt.state_dict(), step=step, best=best,
+                    seconds=spent + time.time() - start, args=vars(a),
                     config=asdict(model.config), rng={k: g.get_state() for k, g in streams.items()})
 
     def stopping(done):
-        if world > 1 and done % a.log_every == 0:            # all processes stop after the same step
+        if world > 1 and done % a.log_every == 0:        # all processes stop after the same step
             flag = torch.tensor(len(stop), device=a.device)
             dist.all_reduce(flag)
             return flag.item() > 0
         return world == 1 and bool(stop)
 
     journal = open(out / "log.jsonl", "a") if rank == 0 else open(os.devnull, "w")
-    progress = tqdm(total=a.steps, initial=begin, disable=rank > 0 or not sys.stderr.isatty(), unit="step")
+    progress = tqdm(total=a.steps, initial=begin, disable=rank > 0 or not sys.stderr.isatty(),
+                    unit="step")
     with journal, progress as bar, stop_signals() as stop:
         recorder = Recorder(a, a.batch_size * ds.seq_len, begin, log, journal)
         bad = torch.zeros((), dtype=torch.bool, device=a.device)
@@ -388,8 +462,10 @@ def train(a, ckpt, rank, world):
             kl_weight, lr = kl_weight_at(step / a.steps, a), lr_at(step, a)
             for group in opt.param_groups:
                 group["lr"] = lr
-            x0 = ds.batch(a.batch_size, streams["data"])     # every process draws the whole batch and keeps its rows
-            noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, a.objective_steps or None, a.t_min,
+            # every process draws the whole batch and keeps its rows
+            x0 = ds.batch(a.batch_size, streams["data"])
+            noise = draw_noise(*x0.shape, model.block_size, model.latent_dim,
+                               a.objective_steps or None, a.t_min,
                                streams["noise"], a.device)
             terms, norm = update(step_fn, opt, x0, noise, kl_weight, a, rank, world)
             recorder.sums += terms
@@ -402,15 +478,16 @@ def train(a, ckpt, rank, world):
             if not (ending or done % a.log_every == 0 or done % a.eval_every == 0):
                 continue                                     # no host synchronisation on such steps
             if bad.item():
-                log(f"non-finite gradient by step {done} (loss {recorder.sums[0] / (done - recorder.since):.4g}); the last good "
-                    f"checkpoint, if any, is {out / 'last.pt'}; a lower --lr or a --clip may help")
+                loss = recorder.sums[0] / (done - recorder.since)
+                log(f"non-finite gradient by step {done} (loss {loss:.4g}); the last good "
+                    f"checkpoint, if any, is {out / 'last.pt'}; try a lower --lr or a --clip")
                 return 1
             if ending or done % a.log_every == 0:
                 recorder.line(done, kl_weight, lr, norm, spent + time.time() - start)
             if rank == 0 and (ending or done % a.eval_every == 0):
                 save(out / "last.pt", state(done))
                 if not stopped:
-                    result = evaluate(averaged, ds, a)
+                    result = evaluate(judged, ds, a)
                     recorder.evaluation(done, result)
                     if result["loss"] < best:
                         best = result["loss"]
@@ -419,7 +496,7 @@ def train(a, ckpt, rank, world):
                 log(f"stopped at step {done}; go on with: python train.py --resume --out {out}")
                 return 130
     if rank == 0:
-        report(averaged, ds, a, spent + time.time() - start, log)
+        report(judged, ds, a, spent + time.time() - start, log)
     return 0
 
 
