@@ -100,33 +100,20 @@ class Array:
         try:
             x = np.load(path, allow_pickle=False)
         except FileNotFoundError:
-            raise FileNotFoundError(
-                f"no array at {path}; save one with: numpy.save({str(path)!r}, tokens)"
-            ) from None
-        except (ValueError, EOFError, OSError) as e:
-            raise ValueError(
-                f"{path} is not a plain .npy array: {(str(e) or repr(e)).splitlines()[0][:100]}"
-            ) from None
-        if (
-            not isinstance(x, np.ndarray)
-            or x.ndim != 2
-            or x.dtype.kind not in "iu"
-            or len(x) < 2
-            or x.shape[1] < 1
-        ):
-            what = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else "an archive of several"
-            raise ValueError(
-                f"{path} must hold an (N, L) array of integers with N >= 2, not {what}"
-            )
-        if x.min() < 0 or x.max() >= (vocab_size or MAX_VOCAB):
-            raise ValueError(
-                f"{path} has ids from {x.min()} to {x.max()}; "
-                f"they must lie in 0..{(vocab_size or MAX_VOCAB) - 1}"
-            )
+            raise FileNotFoundError(f"no array at {path}; make one: numpy.save(path, x)") from None
+        except Exception as e:  # a damaged file makes numpy raise almost anything
+            raise ValueError(f"{path} is no plain .npy array: {str(e)[:100]!r}") from None
+        what = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else "an archive of several"
+        if not isinstance(x, np.ndarray) or x.ndim != 2 or x.dtype.kind not in "iu":
+            raise ValueError(f"{path} must hold an (N, L) array of integers, not {what}")
+        if len(x) < 2 or x.shape[1] < 1:
+            raise ValueError(f"{path} must hold at least two sequences of one token, not {what}")
+        top = MAX_VOCAB if vocab_size is None else vocab_size
+        if x.min() < 0 or x.max() >= top:
+            raise ValueError(f"{path} has ids {x.min()}..{x.max()}; they must lie in 0..{top - 1}")
         self.seq_len, self.vocab_size = x.shape[1], vocab_size or int(x.max()) + 1
-        x = torch.from_numpy(x.astype(np.int32))[
-            torch.from_numpy(np.random.default_rng(0).permutation(len(x)))
-        ]
+        order = torch.from_numpy(np.random.default_rng(0).permutation(len(x)))
+        x = torch.from_numpy(x.astype(np.int32))[order]
         held = max(1, len(x) // 10)
         self.x_test, self.x_train = x[:held], x[held:]
 

@@ -45,13 +45,16 @@ class Noise:
 def draw_noise(B, L, r, Z, steps=None, t_min=1e-3, generator=None, device="cpu"):
     """The randomness of one draw of `objective` for x_0 (B, L) in blocks of r -> Noise.
 
-    Antithetic: of the B K values of t one lies in each of B K equal cells, in random order. steps:
+    Stratified: of the B K values of t one lies in each of B K equal cells, in random order. steps:
     None for t uniform on (t_min, 1], else t in {1/steps, ..., 1}. t_min clips the weight 1/t.
     """
     K, kw = L // r, dict(generator=generator, device=device)
     cell = torch.randperm(B * K, **kw).view(B, K)
     s = (cell + torch.rand(B, K, **kw)) / (B * K)  # (B, K) in [0, 1)
-    t = 1 - s * (1 - t_min) if steps is None else ((s * steps).floor() + 1).clamp(max=steps) / steps
+    if steps is None:
+        t = (1 - s * (1 - t_min)).clamp(min=t_min)
+    else:
+        t = ((s * steps).floor() + 1).clamp(max=steps) / steps
     return Noise(t, torch.rand(B, L, **kw), torch.randn(B, K, Z, **kw))
 
 
@@ -193,35 +196,37 @@ def draw_tokens(logits, temperature, u):
     if temperature == 0:
         return logits.argmax(-1)
     cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, (u.double() * cdf[..., -1])[..., None], right=True)[
-        ..., 0
-    ].clamp(max=logits.shape[-1] - 1)
+    u = (u.double() * cdf[..., -1])[..., None]
+    return torch.searchsorted(cdf, u, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
+
+
+def default_temperature(model):
+    """0, the argmax of the algorithms, with a latent; 1 without, where z gives no variety."""
+    return 0.0 if model.latent_dim else 1.0
 
 
 @torch.no_grad()
 def sample(
-    model, x, nfe=1, remask="prob", temperature=0.0, latent="fixed", batch_size=None, generator=None
+    model, x, nfe=1, remask="prob", temperature=None, latent="fixed", batch_size=None, generator=None
 ):
     """Algorithms 2 and 4: fills the masks (id V) of x (B, L) ids -> (B, L). Other tokens stay.
 
     nfe: network evaluations per block, N. Of the M masked tokens of a row's block, floor(M (n-1)/N)
     stay masked after step n = N..1; `remask` (random, prob, margin) says which. A block without any
     mask costs none.
-    temperature: 0 is argmax, as in the paper; a model without z needs 1 to give more than one
-    sample.
+    temperature: of the tokens; 0 is argmax, as in the paper. None: `default_temperature`.
     latent: fixed, one z ~ p per block; resample, a new one each step (E.1); encoder, after the
-    first step z ~ q(z | x_t, x_0-hat) (E.4). All noise is drawn before the first batch, from
+    first step z ~ q(z | x_t, x_0-hat), x_0-hat the argmax (E.4). All noise is drawn before the first batch, from
     `generator` (on the CPU): the result does not depend on batch_size (at temperature 0, but for
-    rounding in the network). Raises ValueError on an unknown choice.
+    rounding in the network). Raises ValueError on an impossible choice.
     """
+    temperature = default_temperature(model) if temperature is None else temperature
     if remask not in REMASK or latent not in LATENT:
-        raise ValueError(
-            f"remask {remask!r} is not one of {REMASK}, or latent {latent!r} of {LATENT}"
-        )
+        raise ValueError(f"{remask!r} is not one of {REMASK}, or {latent!r} not one of {LATENT}")
     if nfe < 1 or not 0 <= temperature < math.inf:
-        raise ValueError(
-            f"nfe must be at least 1 and temperature at least 0, not {nfe} and {temperature}"
-        )
+        raise ValueError(f"nfe {nfe} must be at least 1, temperature {temperature} at least 0")
+    if x.shape[1] % model.block_size:
+        raise ValueError(f"length {x.shape[1]} is no multiple of the block size {model.block_size}")
     (B, L), K, kw = x.shape, x.shape[1] // model.block_size, dict(generator=generator)
     eps = torch.randn(B, K, 1 if latent == "fixed" else nfe, model.latent_dim, **kw)
     u = torch.rand(B, L, dtype=torch.float64, **kw)
@@ -229,10 +234,9 @@ def sample(
     out = []
     for rows in torch.arange(B).split(batch_size or max(B, 1)):
         noise = [a[rows].to(x.device) for a in (eps, u, order)]
-        out.append(
-            _sample(model, x[rows.to(x.device)].clone(), *noise, nfe, remask, temperature, latent)
-        )
-    return torch.cat(out) if out else x.clone()
+        part = x[rows.to(x.device)].clone()
+        out.append(_sample(model, part, *noise, nfe, remask, temperature, latent))
+    return torch.cat(out)
 
 
 def _sample(model, x, eps, u, order, nfe, remask, temperature, latent):
@@ -246,21 +250,19 @@ def _sample(model, x, eps, u, order, nfe, remask, temperature, latent):
             z = mu + (0.5 * logvar).exp() * eps[:, b, :1]
         M = (block == V).sum(1)
         for i, n in enumerate(range(nfe, 0, -1) if bool(M.any()) else ()):
+            masked = block == V
             if i and z is not None and latent != "fixed":
                 if latent == "encoder":
-                    mu, logvar = (
-                        a[:, -1:]
-                        for a in model.encode(x[:, :end], torch.cat([x[:, : b * r], guess], 1))
-                    )
-                z = mu + (0.5 * logvar).exp() * eps[:, b, i, None]
-            logits, masked = model.decode_block(block, z, cache), block == V
-            score = confidence(logits.double().softmax(-1), remask, order[:, own]).masked_fill(
-                ~masked, -1
-            )
-            rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+                    guess = torch.cat([x[:, : b * r], torch.where(masked, best, block)], 1)
+                    mu, logvar = (a[:, -1:] for a in model.encode(x[:, :end], guess))
+                new = mu + (0.5 * logvar).exp() * eps[:, b, i, None]
+                z = torch.where(masked.any(1)[:, None, None], new, z)    # full rows keep theirs
+            logits = model.decode_block(block, z, cache)
+            score = confidence(logits.double().softmax(-1), remask, order[:, own])
+            rank = score.masked_fill(~masked, -1).argsort(dim=1, descending=True, stable=True)
+            rank = rank.argsort(dim=1)                                   # 0 for the highest score
             reveal = masked & (rank < (M * n // nfe - M * (n - 1) // nfe)[:, None])
-            tokens = draw_tokens(logits, temperature, u[:, own])
-            guess = torch.where(masked, tokens, block)
+            tokens, best = draw_tokens(logits, temperature, u[:, own]), logits.argmax(-1)
             block.copy_(torch.where(reveal, tokens, block))
         cache.push(block.clone(), z)
     return x

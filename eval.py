@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 import data
-from diffusion import LATENT, REMASK, active_units, draw_noise, iwae, objective, sample
+from diffusion import (LATENT, REMASK, active_units, default_temperature, draw_noise, iwae,
+                       objective, sample)
 from model import load_checkpoint
 
 SHADES = " ░▒▓█"
@@ -41,7 +42,7 @@ def build_parser():
     g.add_argument("--latent", nargs="+", choices=LATENT, default=["fixed"],
                    help="fixed, resampled (E.1), or from the encoder (E.4)")
     g.add_argument("--temperature", type=float, nargs="+",
-                   help="0: argmax; default: 0 with a latent, 1 without and for pairs_strength")
+                   help="of the tokens, 0: argmax; default: 0 with a latent, 1 without")
     g.add_argument("--num", type=int, default=20_000, help="samples per row")
     g = p.add_argument_group("bounds")
     g.add_argument("--bound-steps", type=int, nargs="*", default=[1, 2, 4, 0],
@@ -165,9 +166,9 @@ def print_results(result, ds):
 
 def run(a):
     """Evaluates and prints. Raises ValueError, FileNotFoundError."""
-    for name in ("nfe", "num", "bound_num", "batch_size"):
-        if min(getattr(a, name) if name == "nfe" else [getattr(a, name)]) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    for name, least in (("num", 1), ("bound_num", 2), ("batch_size", 1)):
+        if getattr(a, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
     if min(a.bound_steps, default=0) < 0 or a.iwae < 0:
         raise ValueError("--bound-steps and --iwae must be at least 0")
     model, ckpt = load_checkpoint(a.ckpt, a.device)
@@ -175,7 +176,7 @@ def run(a):
     if a.data_path and args["dataset"] != "array":
         raise ValueError(f"--data-path is for arrays; {a.ckpt} was trained on {args['dataset']}")
     ds = data.load(args["dataset"], args["strength"], args["length"],
-                   a.data_path or args["data_path"], args["vocab_size"])
+                   a.data_path or args["data_path"], model.vocab_size)
     if (ds.seq_len, ds.vocab_size) != (model.config.seq_len, model.vocab_size):
         raise ValueError(f"the data has L {ds.seq_len}, V {ds.vocab_size}; the checkpoint wants "
                          f"{model.config.seq_len}, {model.vocab_size}")
@@ -187,15 +188,14 @@ def run(a):
         if file and not Path(file).absolute().parent.is_dir():
             raise FileNotFoundError(f"no folder {Path(file).parent} to write {file} to")
     if a.temperature is None:
-        a.temperature = [0.0 if model.latent_dim and ds.name != "pairs_strength" else 1.0]
+        a.temperature = [default_temperature(model)]
     rows, x = sample_rows(model, ds, a)
     bounds = bound_rows(model, ds, a) if a.bound_steps else []
-    active = active_units(model, ds.test(min(a.bound_num, 5000),
-                                         torch.Generator().manual_seed(a.seed)).to(a.device))
+    x0 = ds.test(min(a.bound_num, 5000), torch.Generator().manual_seed(a.seed))
+    active = active_units(model, x0.to(a.device))
     result = dict(dataset=ds.name, checkpoint=str(a.ckpt), step=ckpt["step"], seed=a.seed,
-                  device=str(a.device),
-                  seconds=round(time.time() - start,
-                                2), params=model.param_counts(), latent_dim=model.latent_dim,
+                  device=str(a.device), seconds=round(time.time() - start, 2),
+                  params=model.param_counts(), latent_dim=model.latent_dim,
                   active_units=active.tolist(), train_args=args, rows=rows, bounds=bounds)
     print(f"{ds.name}, {a.ckpt}, step {ckpt['step']}, {a.num:,} samples, seed {a.seed}, {a.device}")
     print_results(result, ds)

@@ -13,7 +13,6 @@ vocabulary. Data ids are 0..V-1; the mask has id V and is never an output. t run
 autoregressive (r = 1).
 """
 
-import pickle
 from dataclasses import dataclass, fields
 
 import torch
@@ -25,6 +24,7 @@ POOLING = ("mean", "gated")
 LOGVAR_RANGE = (-12.0, 8.0)  # clamp: sigma from e^-6 to e^4
 LOGVAR_INIT = -4.0  # sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
 CHECKPOINT_VERSION = 1
+CHECKPOINT_KEYS = ("config", "model", "ema", "optimizer", "step", "best", "seconds", "args", "rng")
 
 
 @dataclass
@@ -41,9 +41,7 @@ class Config:
     latent_dim: int = 32  # Z per block; 0: no latent, no encoder
     conditioning: str = "adaln"  # how z enters the decoder: adaln (C.1), shared (C.2), add (C.3)
     pooling: str = "mean"  # how the encoder summarises a block: mean (C.1) or gated (C.2)
-    prefix_len: int = (
-        0  # the first tokens are always given (a puzzle, a prompt): gated pooling skips them
-    )
+    prefix_len: int = 0  # tokens at the start that are never masked: gated pooling skips them
 
     def __post_init__(self):
         for f in fields(self):
@@ -53,27 +51,17 @@ class Config:
         low = dict(latent_dim=0, prefix_len=0, encoder_layers=1 if self.latent_dim else 0)
         for f in fields(self):
             if f.type is int and getattr(self, f.name) < low.get(f.name, 1):
-                raise ValueError(
-                    f"{f.name} must be at least {low.get(f.name, 1)}, not {getattr(self, f.name)}"
-                )
+                least = low.get(f.name, 1)
+                raise ValueError(f"{f.name} must be at least {least}, not {getattr(self, f.name)}")
         if self.seq_len % self.block_size:
-            raise ValueError(
-                f"block_size {self.block_size} does not divide the sequence length {self.seq_len}"
-            )
+            raise ValueError(f"block_size {self.block_size} does not divide length {self.seq_len}")
         if self.width % (2 * self.heads):
-            raise ValueError(
-                f"width {self.width} must be a multiple of 2 x heads = {2 * self.heads}"
-            )
-        if self.conditioning not in CONDITIONING:
-            raise ValueError(
-                f"conditioning {self.conditioning!r} is not one of {', '.join(CONDITIONING)}"
-            )
-        if self.pooling not in POOLING:
-            raise ValueError(f"pooling {self.pooling!r} is not one of {', '.join(POOLING)}")
+            raise ValueError(f"width {self.width} is no multiple of 2 x heads = {2 * self.heads}")
+        for name, known in (("conditioning", CONDITIONING), ("pooling", POOLING)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if self.prefix_len >= self.seq_len:
-            raise ValueError(
-                f"prefix_len {self.prefix_len} leaves nothing to predict of {self.seq_len} tokens"
-            )
+            raise ValueError(f"prefix_len {self.prefix_len} leaves nothing of {self.seq_len} tokens")
 
 
 def norm(layer, x):
@@ -129,17 +117,18 @@ class Layer(nn.Module):
         (q, k), v = rotate(x[:2], *rope), x[2]
         k, k_clean = k.split([n * r, (S - n) * r], dim=2)
         v, v_clean = v.split([n * r, (S - n) * r], dim=2)
-        if past is not None:
+        if past is not None and S > n:
             k_clean, v_clean = torch.cat([past[0], k_clean], 2), torch.cat([past[1], v_clean], 2)
+        elif past is not None:
+            k_clean, v_clean = past
         if k_clean.shape[2]:
             k, v = torch.cat([k_clean, k], dim=2), torch.cat([v_clean, v], dim=2)
         y = F.scaled_dot_product_attention(q[:, :, : n * r], k, v, masks[0])
         if S > n and last:
             h, a1, g2, b2, a2 = (u if u.dim() == 1 else u[:, :n] for u in (h, a1, g2, b2, a2))
         elif S > n:
-            y = torch.cat(
-                [y, F.scaled_dot_product_attention(q[:, :, n * r :], k_clean, v_clean, masks[1])], 2
-            )
+            y_clean = F.scaled_dot_product_attention(q[:, :, n * r :], k_clean, v_clean, masks[1])
+            y = torch.cat([y, y_clean], dim=2)
         y = y.transpose(1, 2).reshape(B, -1, r, D)
         h = h + a1 * self.out(y)
         h = h + a2 * self.mlp(norm(self.norm2, h) * (1 + g2) + b2)
@@ -213,10 +202,8 @@ class Encoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.pooling, self.prefix_len = c.pooling, c.prefix_len
-        self.embed_xt, self.embed_x0 = (
-            nn.Embedding(c.vocab_size + 1, c.width),
-            nn.Embedding(c.vocab_size, c.width),
-        )
+        self.embed_xt = nn.Embedding(c.vocab_size + 1, c.width)
+        self.embed_x0 = nn.Embedding(c.vocab_size, c.width)
         self.stack = Stack(c.encoder_layers, c.width, c.heads, c.block_size)
         self.norm = nn.LayerNorm(c.width, bias=False)
         self.gate = nn.Linear(c.width, 1, bias=False) if c.pooling == "gated" else None
@@ -253,13 +240,8 @@ class Conditioner(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.kind, self.layers, D = c.conditioning, c.layers, c.width
-        self.mlp = nn.Sequential(
-            nn.Linear(c.latent_dim, 4 * D),
-            nn.SiLU(),
-            nn.Linear(4 * D, 4 * D),
-            nn.SiLU(),
-            nn.Linear(4 * D, D),
-        )
+        self.mlp = nn.Sequential(nn.Linear(c.latent_dim, 4 * D), nn.SiLU(),
+                                 nn.Linear(4 * D, 4 * D), nn.SiLU(), nn.Linear(4 * D, D))
         if self.kind == "add":
             self.scale = nn.Parameter(torch.tensor(1.0))
         else:
@@ -272,9 +254,8 @@ class Conditioner(nn.Module):
         e = self.mlp(z)  # (B, S, D)
         if self.kind == "add":
             return (self.scale * e)[:, :, None], None
-        mods = (
-            self.mod(F.silu(e)).view(B, S, 1, -1, 6, e.shape[-1]).unbind(3)
-        )  # each (B, S, 1, 6, D)
+        mods = self.mod(F.silu(e)).view(B, S, 1, -1, 6, e.shape[-1])  # (B, S, 1, layers or 1, 6, D)
+        mods = mods.unbind(3)  # each (B, S, 1, 6, D)
         return None, mods * (self.layers // len(mods))
 
 
@@ -307,17 +288,12 @@ class VMD(nn.Module):
         """Parameters of decoder, encoder, latent pathway; the first and last run at sampling."""
         count = lambda m: sum(p.numel() for p in m.parameters()) if m is not None else 0
         encoder, latent = count(self.encoder), count(self.conditioner)
-        return {
-            "decoder": count(self) - encoder - latent,
-            "encoder": encoder,
-            "latent pathway": latent,
-        }
+        decoder = count(self) - encoder - latent
+        return {"decoder": decoder, "encoder": encoder, "latent pathway": latent}
 
     def blocks(self, x):
         """(B, L') -> (B, L'/r, r); L' is a multiple of r, at most L."""
-        assert x.shape[1] % self.block_size == 0, (
-            f"length {x.shape[1]} is no multiple of {self.block_size}"
-        )
+        assert x.shape[1] % self.block_size == 0, f"length {x.shape[1]}, blocks {self.block_size}"
         return x.view(x.shape[0], -1, self.block_size)
 
     def encode(self, xt, x0):
@@ -326,9 +302,8 @@ class VMD(nn.Module):
 
     def prior(self, xt):
         """p(z^b) = N(0, I). xt (B, L) -> mu, logvar (B, K, Z), zeros."""
-        zeros = torch.zeros(
-            xt.shape[0], xt.shape[1] // self.block_size, self.latent_dim, device=xt.device
-        )
+        K = xt.shape[1] // self.block_size
+        zeros = torch.zeros(xt.shape[0], K, self.latent_dim, device=xt.device)
         return zeros, zeros
 
     def decode(self, xt, x0, z):
@@ -370,14 +345,17 @@ class VMD(nn.Module):
         return self.head(norm(self.norm, h)).float(), kv  # (B, n, r, V)
 
 
+def one_line(error):
+    """The first line of an exception's message, shortened, for a message to the user."""
+    return (str(error) or repr(error)).splitlines()[0][:120]
+
+
 def usable(device):
-    """Returns the name of a torch device, or raises ValueError if tensors cannot be made on it."""
+    """Returns the name of a torch device, or raises ValueError if it cannot be used here."""
     try:
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(
-            f"device {device!r} cannot be used here: {(str(e) or repr(e)).splitlines()[0][:100]}"
-        ) from None
+        raise ValueError(f"device {device!r} cannot be used: {one_line(e)}") from None
     return device
 
 
@@ -385,21 +363,24 @@ def load_checkpoint(path, device="cpu", ema=True):
     """Reads a file written by train.py -> (model in eval mode, checkpoint dict).
 
     ema: use the averaged weights where the run kept them. Only tensors and plain values are
-    unpickled (weights_only=True). Raises FileNotFoundError, or ValueError if the file is not such a
-    checkpoint.
+    unpickled (weights_only=True). Raises FileNotFoundError, or ValueError if the device cannot be
+    used or the file is not such a checkpoint.
     """
+    usable(device)
     try:
-        ckpt = torch.load(path, map_location=usable(device), weights_only=True)
+        ckpt = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"no checkpoint at {path}; train one with: python train.py"
-        ) from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-        raise ValueError(
-            f"{path} is not a readable checkpoint: {(str(e) or repr(e)).splitlines()[0][:100]}"
-        ) from None
+        raise FileNotFoundError(f"no checkpoint at {path}; make one: python train.py") from None
+    except Exception as e:  # a damaged file makes torch.load raise almost anything
+        raise ValueError(f"{path} is not a readable checkpoint: {one_line(e)}") from None
     if not isinstance(ckpt, dict) or ckpt.get("version") != CHECKPOINT_VERSION:
-        raise ValueError(f"{path} is not a version {CHECKPOINT_VERSION} checkpoint of this project")
-    model = VMD(Config(**ckpt["config"])).to(device)
-    model.load_state_dict(ckpt["ema"] if ema and ckpt["ema"] is not None else ckpt["model"])
+        raise ValueError(f"{path} is not a version {CHECKPOINT_VERSION} checkpoint of train.py")
+    missing = [k for k in CHECKPOINT_KEYS if k not in ckpt]
+    if missing:
+        raise ValueError(f"{path} is no checkpoint of train.py: it lacks {', '.join(missing)}")
+    try:
+        model = VMD(Config(**ckpt["config"])).to(device)
+        model.load_state_dict(ckpt["ema"] if ema and ckpt["ema"] is not None else ckpt["model"])
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as e:
+        raise ValueError(f"{path} holds no weights of its configuration: {one_line(e)}") from None
     return model.eval(), ckpt

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import data
-from diffusion import LATENT, REMASK, sample
+from diffusion import LATENT, REMASK, default_temperature, sample
 from model import load_checkpoint
 
 
@@ -67,7 +67,7 @@ def run(a):
     model, ckpt = load_checkpoint(a.ckpt, a.device)
     V, L = model.vocab_size, model.config.seq_len
     if a.temperature is None:
-        a.temperature = 0.0 if model.latent_dim else 1.0
+        a.temperature = default_temperature(model)
     start = torch.full((L,), V) if a.infill is None else data.parse(a.infill, L, V)
     x = sample(
         model,

@@ -9,6 +9,7 @@ Writes last.pt and best.pt (lowest test loss) and log.jsonl to --out. Losses are
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -21,7 +22,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import data
@@ -33,7 +33,7 @@ PAPER = dict(
     width=64, heads=4, layers=8, encoder_layers=2, latent_dim=32, conditioning="adaln",
     pooling="mean", batch_size=10_000, steps=2000, optimizer="adam", lr=1e-3, schedule="constant",
     decay_from=0.0, warmup=0, weight_decay=0.0, clip=0.0, ema=0.0, t_min=1e-3, kl_weight=1.0,
-    kl_schedule="none", kl_start=1e-3, kl_ramp=(0.05, 0.4))
+    kl_schedule="none", kl_start=1e-3, kl_ramp=[0.05, 0.4])
 # Two CPU cores, minutes. A larger t_min spends the samples where z matters; a KL weight above 1
 # closes the holes that the posteriors leave in the prior (pairs collapse at 2, see the README).
 CPU = PAPER | dict(
@@ -42,8 +42,8 @@ CPU = PAPER | dict(
     kl_schedule="geometric")
 PRESETS = {name: {"paper": dict(PAPER), "cpu": dict(CPU)} for name in data.DATASETS}
 PRESETS["pairs"]["paper"]["kl_weight"] = 4.0  # C.1: "for the uniform data experiments"
-PRESETS["d1"]["cpu"]["steps"], PRESETS["d2"]["cpu"]["steps"] = 3000, 4000
-PRESETS["needle"]["cpu"] |= dict(batch_size=128, steps=1500, t_min=0.8, kl_start=1e-2)
+PRESETS["d2"]["cpu"]["steps"] = 4000
+PRESETS["needle"]["cpu"] |= dict(batch_size=128, steps=1000, t_min=0.8, kl_start=1e-2)
 FREE_ON_RESUME = {"resume", "out", "device", "compile", "log_every", "eval_every"}
 LATENT_PARTS = ("encoder.", "conditioner.")  # names of parameters that the baseline lacks
 EVAL_SEQUENCES = 2000
@@ -137,11 +137,16 @@ def settle(argv=None):
     if args["resume"]:
         _, ckpt = load_checkpoint(Path(args["out"]) / "last.pt", "cpu")
         for k, v in given.items():
-            if k not in FREE_ON_RESUME and v != ckpt["args"][k]:
+            if k not in FREE_ON_RESUME and v != ckpt["args"].get(k):
                 raise ValueError(f"--{k.replace('_', '-')} {v} contradicts the run to resume, "
-                                 f"which has {ckpt['args'][k]}")
-        free = {k: v for k, v in args.items() if k in FREE_ON_RESUME}
-        return argparse.Namespace(**(ckpt["args"] | free)), ckpt
+                                 f"which has {ckpt['args'].get(k)}")
+        free = {k: v for k, v in given.items() if k in FREE_ON_RESUME}
+        resumed = argparse.Namespace(**(ckpt["args"] | free))
+        check(resumed)
+        if torch.device(resumed.device).type != torch.device(ckpt["args"]["device"]).type:
+            raise ValueError(f"the run to resume is on {ckpt['args']['device']}: its random streams "
+                             f"cannot go on on {resumed.device}")
+        return resumed, ckpt
     args["preset"] = args["preset"] or ("paper" if args["device"].startswith("cuda") else "cpu")
     preset = PRESETS[args["dataset"]][args["preset"]]
     args = argparse.Namespace(**(args | preset | given | {"preset": args["preset"]}))
@@ -172,7 +177,7 @@ def check(a):
         raise ValueError("--objective-steps needs --objective nelbo")
     if a.freeze_decoder and not (a.init_from and a.latent_dim):
         raise ValueError("--freeze-decoder needs --init-from, and a --latent-dim above 0 to train")
-    if (a.data_path or a.vocab_size) and a.dataset != "array":
+    if (a.data_path or a.vocab_size is not None) and a.dataset != "array":
         raise ValueError(f"--data-path and --vocab-size are for --dataset array, not {a.dataset}")
 
 
@@ -220,12 +225,11 @@ def save(path, state):
 
 
 @torch.no_grad()
-def evaluate(model, ds, a, samples=EVAL_SEQUENCES):
+def evaluate(model, ds, a, samples=None):
     """Test loss at the final KL weight, active latent units, one-step metrics where known.
 
     Nats per sequence. Own seeds: training's random streams are not touched.
     """
-    model.eval()
     dev = next(model.parameters()).device
     g, gd = torch.Generator().manual_seed(1), torch.Generator(dev).manual_seed(1)
     x0 = ds.test(EVAL_SEQUENCES, g).to(dev)
@@ -235,11 +239,9 @@ def evaluate(model, ds, a, samples=EVAL_SEQUENCES):
     loss, recon, kl = (v.mean().item() for v in terms)
     out = dict(loss=loss, recon=recon, kl=kl, active=active_units(model, x0).tolist())
     if ds.entropy is not None:
-        masks = torch.full((samples, ds.seq_len), ds.vocab_size, device=dev)
-        temperature = 0.0 if model.latent_dim and a.dataset != "pairs_strength" else 1.0
-        x = sample(model, masks, 1, temperature=temperature, batch_size=2000, generator=g).cpu()
+        masks = torch.full((samples or EVAL_SEQUENCES, ds.seq_len), ds.vocab_size, device=dev)
+        x = sample(model, masks, 1, batch_size=2000, generator=g).cpu()
         out |= {f"one_step_{k}": v for k, v in ds.metrics(x).items()}
-    model.train()
     return out
 
 
@@ -261,6 +263,7 @@ def announce(a, model, ds, log):
     preset = PRESETS[a.dataset][a.preset]
     log(f"preset {a.preset}: " + " ".join(f"{k}={getattr(a, k)}" for k in preset))
     m = torch.randn(1024, 1024, device=a.device)
+    (m @ m).sum().item()
     start = time.time()
     for _ in range(8):
         (m @ m).sum().item()
@@ -279,14 +282,14 @@ def clock(seconds):
     return f"{s // 3600} h {s // 60 % 60:02d} min" if s >= 3600 else f"{s // 60} min {s % 60:02d} s"
 
 
-def averaged(model, decay):
-    """A copy of the model that update_parameters moves by an exponential average of the weights.
+@torch.no_grad()
+def update_average(ema, model, decay, step):
+    """Exponential moving average of the weights: ema <- d ema + (1 - d) model.
 
-    The decay of update n is min(decay, (1 + n) / (10 + n)), so that short runs forget the start.
+    d = min(decay, (1 + step) / (10 + step)), so that short runs forget their start.
     """
-    def average(mean, now, n):
-        get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(mean, now, n)
-    return AveragedModel(model, multi_avg_fn=average)
+    for mean, now in zip(ema.parameters(), model.parameters()):
+        mean.lerp_(now, 1 - min(decay, (1 + step) / (10 + step)))
 
 
 def setup(a, ckpt):
@@ -301,7 +304,8 @@ def setup(a, ckpt):
         source, _ = load_checkpoint(a.init_from, a.device)
         weights, own = ({k: v for k, v in m.state_dict().items() if not k.startswith(LATENT_PARTS)}
                         for m in (source, model))
-        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in weights.items()}:
+        shapes = [{k: v.shape for k, v in w.items()} for w in (weights, own)]
+        if shapes[0] != shapes[1] or source.config.heads != a.heads:
             raise ValueError(f"the decoder of {a.init_from} has another shape: {source.config}")
         model.load_state_dict(weights, strict=False)
     for k, p in model.named_parameters():
@@ -310,7 +314,7 @@ def setup(a, ckpt):
     decay = a.weight_decay if a.optimizer == "adamw" else 0.0
     opt = cls([p for p in model.parameters() if p.requires_grad], lr=a.lr, weight_decay=decay,
               fused=True)
-    ema = averaged(model, a.ema) if a.ema else None
+    ema = copy.deepcopy(model) if a.ema else None
     streams = {"data": torch.Generator().manual_seed(2 * a.seed),
                "noise": torch.Generator(a.device).manual_seed(2 * a.seed + 1)}
     if ckpt is not None:
@@ -321,8 +325,7 @@ def setup(a, ckpt):
         for k, g in streams.items():
             g.set_state(ckpt["rng"][k].cpu())
         if ema:
-            ema.module.load_state_dict(ckpt["ema"])
-            ema.n_averaged.fill_(ckpt["step"])
+            ema.load_state_dict(ckpt["ema"])
     return ds, model, opt, ema, streams
 
 
@@ -330,8 +333,11 @@ def setup(a, ckpt):
 def stop_signals():
     """Ctrl-C and SIGTERM end up in the list that this yields, to be looked at between steps."""
     stop = []
-    old = {s: signal.signal(s, lambda number, frame: stop.append(number))
-           for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        stop.append(number)
+        signal.signal(number, old[number])               # a second one acts at once
+    old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
@@ -431,16 +437,18 @@ def train(a, ckpt, rank, world):
     begin, best, spent = 0, math.inf, 0.0
     if ckpt:
         begin, best, spent = ckpt["step"], ckpt["best"], ckpt["seconds"]
+        if (out / "best.pt").exists():               # a kill may have come between best and last
+            best = min(best, load_checkpoint(out / "best.pt")[1]["best"])
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         if ckpt is None:
             move_aside(out)
         announce(a, model, ds, log)
-    judged, step_fn, start = ema.module if ema else model, wrap(model, a, world), time.time()
+    judged, step_fn, start = ema or model, wrap(model, a, world), time.time()
 
     def state(step):
         return dict(version=CHECKPOINT_VERSION, model=model.state_dict(),
-                    ema=ema.module.state_dict() if ema else None,
+                    ema=ema.state_dict() if ema else None,
                     optimizer=opt.state_dict(), step=step, best=best,
                     seconds=spent + time.time() - start, args=vars(a),
                     config=asdict(model.config), rng={k: g.get_state() for k, g in streams.items()})
@@ -471,18 +479,21 @@ def train(a, ckpt, rank, world):
             recorder.sums += terms
             bad |= ~norm.isfinite()
             if ema:
-                ema.update_parameters(model)
+                update_average(ema, model, a.ema, step)
             bar.update()
             done, stopped = step + 1, stopping(step + 1)
             ending = stopped or done == a.steps
             if not (ending or done % a.log_every == 0 or done % a.eval_every == 0):
-                continue                                     # no host synchronisation on such steps
+                continue                                     # nothing is read back from the device
             if bad.item():
                 loss = recorder.sums[0] / (done - recorder.since)
                 log(f"non-finite gradient by step {done} (loss {loss:.4g}); the last good "
                     f"checkpoint, if any, is {out / 'last.pt'}; try a lower --lr or a --clip")
                 return 1
             if ending or done % a.log_every == 0:
+                if world > 1:
+                    dist.all_reduce(recorder.sums)
+                    recorder.sums /= world
                 recorder.line(done, kl_weight, lr, norm, spent + time.time() - start)
             if rank == 0 and (ending or done % a.eval_every == 0):
                 save(out / "last.pt", state(done))
@@ -517,10 +528,10 @@ def main(argv=None):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         torch.set_flush_denormal(True)               # Adam on denormals is several times slower
+        if world > 1 and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         a, ckpt = settle(argv)
         if world > 1:
-            if a.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if a.device.startswith("cuda") else "gloo")
         return train(a, ckpt, rank, world)
     except (ValueError, OSError) as e:
