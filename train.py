@@ -37,13 +37,14 @@ PAPER = dict(
 # Two CPU cores, minutes. A larger t_min spends the samples where z matters; a KL weight above 1
 # closes the holes that the posteriors leave in the prior (pairs collapse at 2, see the README).
 CPU = PAPER | dict(
-    layers=3, encoder_layers=1, batch_size=512, steps=2000, lr=2e-3, schedule="cosine",
+    layers=3, encoder_layers=1, batch_size=512, steps=3000, lr=2e-3, schedule="cosine",
     decay_from=0.5, warmup=50, clip=1.0, ema=0.998, t_min=0.2, kl_weight=1.3,
     kl_schedule="geometric")
 PRESETS = {name: {"paper": dict(PAPER), "cpu": dict(CPU)} for name in data.DATASETS}
 PRESETS["pairs"]["paper"]["kl_weight"] = 4.0  # C.1: "for the uniform data experiments"
 PRESETS["d2"]["cpu"]["steps"] = 4000
-PRESETS["needle"]["cpu"] |= dict(batch_size=128, steps=1000, t_min=0.8, kl_start=1e-2)
+PRESETS["needle"]["cpu"] |= dict(
+    batch_size=256, steps=1500, t_min=0.7, kl_start=1e-2, kl_weight=4.0)
 FREE_ON_RESUME = {"resume", "out", "device", "compile", "log_every", "eval_every"}
 LATENT_PARTS = ("encoder.", "conditioner.")  # names of parameters that the baseline lacks
 EVAL_SEQUENCES = 2000
