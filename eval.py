@@ -214,6 +214,8 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f"eval.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

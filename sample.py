@@ -98,6 +98,8 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

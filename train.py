@@ -43,6 +43,7 @@ CPU = PAPER | dict(
 PRESETS = {name: {"paper": dict(PAPER), "cpu": dict(CPU)} for name in data.DATASETS}
 PRESETS["pairs"]["paper"]["kl_weight"] = 4.0  # C.1: "for the uniform data experiments"
 PRESETS["d2"]["cpu"]["steps"] = 4000
+PRESETS["pairs_strength"]["cpu"] |= dict(latent_dim=2, kl_weight=0.8)
 PRESETS["needle"]["cpu"] |= dict(
     batch_size=256, steps=1500, t_min=0.7, kl_start=1e-2, kl_weight=4.0)
 FREE_ON_RESUME = {"resume", "out", "device", "compile", "log_every", "eval_every"}
@@ -538,6 +539,8 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
