@@ -33,15 +33,11 @@ class Synthetic:
         self.name, self.table = name, torch.as_tensor(table)
         self.seq_len, self.fixed = self.table.shape[1], (self.table >= 0).all(0)  # (L,) bool
         S = len(self.table)
-        self.probs = (
-            torch.full((S,), 1 / S, dtype=torch.float64)
-            if probs is None
-            else torch.as_tensor(probs).double()
-        )
-        free = int((~self.fixed).sum())
-        self.entropy = float(-torch.special.xlogy(self.probs, self.probs).sum()) + free * math.log(
-            self.vocab_size
-        )
+        probs = torch.ones(S) / S if probs is None else torch.as_tensor(probs)
+        self.probs = probs.double() / probs.double().sum()
+        free = int((~self.fixed).sum())  # tokens of noise
+        plogp = torch.special.xlogy(self.probs, self.probs).sum()
+        self.entropy = free * math.log(self.vocab_size) - float(plogp)
         self._keys, self._order = self._key(self.table).sort()
 
     def _key(self, x):
@@ -51,11 +47,9 @@ class Synthetic:
     def batch(self, n, generator=None):
         """n fresh sequences (n, L) int64."""
         x = self.table[torch.multinomial(self.probs, n, replacement=True, generator=generator)]
-        noise = (
-            torch.randint(self.vocab_size, x.shape, generator=generator)
-            if not self.fixed.all()
-            else x
-        )
+        if self.fixed.all():
+            return x
+        noise = torch.randint(self.vocab_size, x.shape, generator=generator)
         return torch.where(x < 0, noise, x)
 
     test = batch  # every draw is unseen data of the same distribution
@@ -69,10 +63,9 @@ class Synthetic:
     def metrics(self, x):
         """Samples x (n, L) -> {"acc": share that matches a row, "kl": KL over rows, nats}."""
         rows = self.rows(x)
-        generated = torch.bincount(rows[rows >= 0], minlength=len(self.probs)).double() / len(x)
-        kl = torch.special.xlogy(self.probs, self.probs) - torch.special.xlogy(
-            self.probs, generated.clamp(min=KL_FLOOR)
-        )
+        p, n = self.probs, len(x)
+        generated = torch.bincount(rows[rows >= 0], minlength=len(p)).double() / n
+        kl = torch.special.xlogy(p, p) - torch.special.xlogy(p, generated.clamp(min=KL_FLOOR))
         return {"acc": float((rows >= 0).double().mean()), "kl": float(kl.sum())}
 
     def joint(self, x):
@@ -151,14 +144,11 @@ def load(name, strength=1.0, length=20, data_path=None, vocab_size=None):
     if name == "d1":
         return Synthetic(name, run)
     if name == "d2":
-        return Synthetic(
-            name, torch.cat([run[:, :2].repeat_interleave(V, 0), run[:, :2].repeat(V, 1)], 1)
-        )
+        first, second = run[:, :2].repeat_interleave(V, 0), run[:, :2].repeat(V, 1)
+        return Synthetic(name, torch.cat([first, second], 1))
     if name == "needle":
         if length < 8:
-            raise ValueError(
-                f"length of needle must be at least 8 (two needles of 4), not {length}"
-            )
+            raise ValueError(f"length of needle must be at least 8, not {length}")
         return Synthetic(name, torch.cat([run, torch.full((V, length - 8), -1), run], 1))
     if name == "array":
         if not data_path:
@@ -169,21 +159,16 @@ def load(name, strength=1.0, length=20, data_path=None, vocab_size=None):
 
 def show(x, vocab_size):
     """One line per sequence: ids separated by spaces, _ for the mask. x (n, L)."""
-    return "\n".join(
-        " ".join("_" if v == vocab_size else str(v) for v in row) for row in x.tolist()
-    )
+    words = [["_" if v == vocab_size else str(v) for v in row] for row in x.tolist()]
+    return "\n".join(map(" ".join, words))
 
 
 def parse(text, seq_len, vocab_size):
     """The inverse of `show` for one line, "3 _" -> (L,) ids. Raises ValueError."""
     words = text.split()
     if len(words) != seq_len:
-        raise ValueError(
-            f"{text!r} has {len(words)} tokens; this model wants {seq_len}, _ for those to fill in"
-        )
-    bad = [
-        w for w in words if w != "_" and not (w.isascii() and w.isdigit() and int(w) < vocab_size)
-    ]
-    if bad:
-        raise ValueError(f"token {bad[0]!r} is neither _ nor an id in 0..{vocab_size - 1}")
+        raise ValueError(f"{text!r} has {len(words)} tokens, not {seq_len}; _ stands for a blank")
+    for w in words:
+        if w != "_" and not (w.isascii() and w.isdigit() and int(w) < vocab_size):
+            raise ValueError(f"token {w!r} is neither _ nor an id in 0..{vocab_size - 1}")
     return torch.tensor([vocab_size if w == "_" else int(w) for w in words])

@@ -206,9 +206,8 @@ def default_temperature(model):
 
 
 @torch.no_grad()
-def sample(
-    model, x, nfe=1, remask="prob", temperature=None, latent="fixed", batch_size=None, generator=None
-):
+def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", batch_size=None,
+           generator=None):
     """Algorithms 2 and 4: fills the masks (id V) of x (B, L) ids -> (B, L). Other tokens stay.
 
     nfe: network evaluations per block, N. Of the M masked tokens of a row's block, floor(M (n-1)/N)
@@ -216,9 +215,9 @@ def sample(
     mask costs none.
     temperature: of the tokens; 0 is argmax, as in the paper. None: `default_temperature`.
     latent: fixed, one z ~ p per block; resample, a new one each step (E.1); encoder, after the
-    first step z ~ q(z | x_t, x_0-hat), x_0-hat the argmax (E.4). All noise is drawn before the first batch, from
-    `generator` (on the CPU): the result does not depend on batch_size (at temperature 0, but for
-    rounding in the network). Raises ValueError on an impossible choice.
+    first step z ~ q(z | x_t, x_0-hat), x_0-hat the argmax (E.4). All noise is drawn before the
+    first batch, from `generator` (on the CPU): the result does not depend on batch_size (at
+    temperature 0, but for rounding in the network). Raises ValueError on an impossible choice.
     """
     temperature = default_temperature(model) if temperature is None else temperature
     if remask not in REMASK or latent not in LATENT:

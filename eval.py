@@ -99,16 +99,18 @@ def bound_rows(model, ds, a, t_min=1e-5):
     batches = [x.to(a.device) for x in ds.test(a.bound_num, g).split(a.batch_size)]
     r, Z, rows = model.block_size, model.latent_dim, []
     for kind, steps in [("vmd", 0)] + [("nelbo", n) for n in a.bound_steps]:
-        with torch.no_grad():
-            values = [objective(model, x, draw_noise(*x.shape, r, Z, steps or None, t_min, gd,
-                                                     a.device), kind)[0] for x in batches]
+        values = []
+        for x in batches:
+            noise = draw_noise(*x.shape, r, Z, steps or None, t_min, gd, a.device)
+            with torch.no_grad():
+                values.append(objective(model, x, noise, kind)[0])
         nats, se = mean_se(torch.cat(values))
         rows.append(dict(bound="printed" if kind == "vmd" else "nelbo", steps=steps or None,
                          nats=nats, se=se))
     for steps in a.bound_steps if a.iwae else ():
         if steps:
-            nats, se = mean_se(torch.cat([iwae(model, x, steps, a.iwae,
-                                               generator=gd) for x in batches]))
+            values = [iwae(model, x, steps, a.iwae, generator=gd) for x in batches]
+            nats, se = mean_se(torch.cat(values))
             rows.append(dict(bound=f"iwae_{a.iwae}", steps=steps, nats=nats, se=se))
     return rows
 
@@ -119,8 +121,9 @@ def heat_map(truth, generated):
         return SHADES[min(len(SHADES) - 1, math.ceil(4 * float(p / truth.max()) - 0.2))] * 2
     V = len(truth)
     lines = [f"{'true':^{2 * V}}      {'generated':^{2 * V}}      row: first token, column: second"]
-    return "\n".join(lines + ["".join(map(cell, t)) + f"   {i}  " + "".join(map(cell, g)) for i,
-                              (t, g) in enumerate(zip(truth, generated))])
+    for i, (t, g) in enumerate(zip(truth, generated)):
+        lines.append("".join(map(cell, t)) + f"   {i}  " + "".join(map(cell, g)))
+    return "\n".join(lines)
 
 
 def import_pyplot():

@@ -61,7 +61,7 @@ class Config:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if self.prefix_len >= self.seq_len:
-            raise ValueError(f"prefix_len {self.prefix_len} leaves nothing of {self.seq_len} tokens")
+            raise ValueError(f"prefix_len {self.prefix_len} leaves none of {self.seq_len} tokens")
 
 
 def norm(layer, x):
@@ -175,18 +175,11 @@ class Stack(nn.Module):
         n, m, r = noisy.shape[1], h.shape[1] - noisy.shape[1], noisy.shape[2]
         h = h + self.place.weight
         dim = h.shape[-1] // self.layers[0].heads
-        rope = [
-            torch.cat(ab)
-            for ab in zip(
-                rotary(n0 * r, n * r, dim, h.device), rotary(c0 * r, m * r, dim, h.device)
-            )
-        ]
-        masks, kv = self.masks(n0, n, c0, m, r, h.device), []
-        for i, layer in enumerate(self.layers):
-            last = i == len(self.layers) - 1
-            h, new = layer(
-                h, n, mods[i] if mods else None, rope, masks, past[i] if past else None, last
-            )
+        angles = (rotary(b0 * r, k * r, dim, h.device) for b0, k in ((n0, n), (c0, m)))
+        rope = [torch.cat(halves) for halves in zip(*angles)]            # cos, sin ((n + m) r, d/2)
+        masks, kv, nothing = self.masks(n0, n, c0, m, r, h.device), [], [None] * len(self.layers)
+        for layer, mod, kv_before in zip(self.layers, mods or nothing, past or nothing):
+            h, new = layer(h, n, mod, rope, masks, kv_before, last=layer is self.layers[-1])
             kv.append(new)
         return h, kv
 

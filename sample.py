@@ -18,50 +18,32 @@ from model import load_checkpoint
 
 def build_parser():
     """The command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.error = lambda message: p.exit(2, f"sample.py: {message}; see --help\n")
     p.add_argument("--ckpt", default="out/last.pt", help="checkpoint of train.py")
     p.add_argument("--num", type=int, default=10, help="number of samples")
     p.add_argument("--nfe", type=int, default=1, help="network evaluations per block, N")
-    p.add_argument(
-        "--remask",
-        choices=REMASK,
-        default="prob",
-        help="which tokens are unmasked first (Section 3.3)",
-    )
-    p.add_argument(
-        "--temperature",
-        type=float,
-        help="0: argmax, the paper's; default: 0 with a latent, 1 without",
-    )
-    p.add_argument(
-        "--latent",
-        choices=LATENT,
-        default="fixed",
-        help="fixed z, resampled each step (E.1), or from the encoder (E.4)",
-    )
-    p.add_argument(
-        "--infill",
-        metavar="TOKENS",
-        help='a sequence in the form that samples are printed in, _ for blanks: "3 _"',
-    )
+    p.add_argument("--remask", choices=REMASK, default="prob",
+                   help="which tokens are unmasked first (Section 3.3)")
+    p.add_argument("--temperature", type=float,
+                   help="of the tokens, 0: argmax; default: 0 with a latent, 1 without")
+    p.add_argument("--latent", choices=LATENT, default="fixed",
+                   help="one z per block, a new one each step (E.1), or from the encoder (E.4)")
+    p.add_argument("--infill", metavar="TOKENS",
+                   help='a sequence in the form that samples are printed in, _ for blanks: "3 _"')
     p.add_argument("--batch-size", type=int, default=1000, help="sequences per network evaluation")
     p.add_argument("--seed", type=int, default=0, help="same seed, same samples")
     p.add_argument("--out", metavar="FILE", help="also write the samples to this file")
-    p.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"
-    )
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="torch device")
     return p
 
 
 def run(a):
     """Prints the samples. Raises ValueError, FileNotFoundError."""
     if a.num < 1 or a.batch_size < 1:
-        raise ValueError(
-            f"--num and --batch-size must be at least 1, not {a.num} and {a.batch_size}"
-        )
+        raise ValueError(f"--num {a.num} and --batch-size {a.batch_size} must be at least 1")
     if a.out and not Path(a.out).absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {Path(a.out).parent} to write {a.out} to")
     model, ckpt = load_checkpoint(a.ckpt, a.device)
@@ -69,23 +51,12 @@ def run(a):
     if a.temperature is None:
         a.temperature = default_temperature(model)
     start = torch.full((L,), V) if a.infill is None else data.parse(a.infill, L, V)
-    x = sample(
-        model,
-        start.repeat(a.num, 1).to(a.device),
-        a.nfe,
-        a.remask,
-        a.temperature,
-        a.latent,
-        a.batch_size,
-        torch.Generator().manual_seed(a.seed),
-    )
-    text = data.show(x.cpu(), V)
-    print(
-        f"# {ckpt['args']['dataset']}, step {ckpt['step']}, nfe {a.nfe} per block, "
-        f"remask {a.remask}, temperature "
-        f"{a.temperature:g}, latent {a.latent if model.latent_dim else 'none'}, seed {a.seed}",
-        file=sys.stderr,
-    )
+    x = sample(model, start.repeat(a.num, 1).to(a.device), a.nfe, a.remask, a.temperature, a.latent,
+               a.batch_size, torch.Generator().manual_seed(a.seed))
+    text, latent = data.show(x.cpu(), V), a.latent if model.latent_dim else "none"
+    print(f"# {ckpt['args']['dataset']}, step {ckpt['step']}, nfe {a.nfe} per block, "
+          f"remask {a.remask}, temperature {a.temperature:g}, latent {latent}, seed {a.seed}",
+          file=sys.stderr)
     print(text)
     if a.out:
         Path(a.out).write_text(text + "\n")

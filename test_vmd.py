@@ -1072,11 +1072,12 @@ def test_a_bad_checkpoint_is_named_and_runs_nothing(tmp_path):
     short = {k: v for k, v in good["model"].items() if k != "embed.weight"}
     for name, change in (("short", {"model": short}), ("nothing", {"model": None}),
                          ("wide", {"config": good["config"] | {"width": 32}}),
-                         ("odd", {"config": good["config"] | {"colour": 1}}), ("none", {"config": None})):
+                         ("odd", {"config": good["config"] | {"colour": 1}}),
+                         ("none", {"config": None})):
         torch.save(good | change, tmp_path / f"{name}.pt")
     torch.save({k: v for k, v in good.items() if k != "ema"}, tmp_path / "lacks.pt")
-    for name in ("bomb", "future", "list", "noise", "stack", "empty", "short", "nothing", "wide", "odd",
-                 "none", "lacks"):
+    for name in ("bomb", "future", "list", "noise", "stack", "empty", "short", "nothing", "wide",
+                 "odd", "none", "lacks"):
         with pytest.raises(ValueError, match=name) as e:
             load_checkpoint(tmp_path / f"{name}.pt")
         assert "\n" not in str(e.value)

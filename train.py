@@ -35,7 +35,7 @@ PAPER = dict(
     decay_from=0.0, warmup=0, weight_decay=0.0, clip=0.0, ema=0.0, t_min=1e-3, kl_weight=1.0,
     kl_schedule="none", kl_start=1e-3, kl_ramp=[0.05, 0.4])
 # Two CPU cores, minutes. A larger t_min spends the samples where z matters; a KL weight above 1
-# closes the holes that the posteriors leave in the prior (pairs collapse at 2, see the README).
+# closes the holes that the posteriors leave in the prior (for pairs z is not worth a weight of 2).
 CPU = PAPER | dict(
     layers=3, encoder_layers=1, batch_size=512, steps=3000, lr=2e-3, schedule="cosine",
     decay_from=0.5, warmup=50, clip=1.0, ema=0.998, t_min=0.2, kl_weight=1.3,
@@ -146,8 +146,8 @@ def settle(argv=None):
         resumed = argparse.Namespace(**(ckpt["args"] | free))
         check(resumed)
         if torch.device(resumed.device).type != torch.device(ckpt["args"]["device"]).type:
-            raise ValueError(f"the run to resume is on {ckpt['args']['device']}: its random streams "
-                             f"cannot go on on {resumed.device}")
+            raise ValueError(f"the run to resume used {ckpt['args']['device']}: its random "
+                             f"streams cannot go on on {resumed.device}")
         return resumed, ckpt
     args["preset"] = args["preset"] or ("paper" if args["device"].startswith("cuda") else "cpu")
     preset = PRESETS[args["dataset"]][args["preset"]]
@@ -299,8 +299,7 @@ def setup(a, ckpt):
     torch.manual_seed(a.seed)
     ds = data.load(a.dataset, a.strength, a.length, a.data_path, a.vocab_size)
     config = Config(ds.vocab_size, ds.seq_len, a.block_size or ds.seq_len, a.width, a.heads,
-                    a.layers, a.encoder_layers,
-                    a.latent_dim, a.conditioning, a.pooling)
+                    a.layers, a.encoder_layers, a.latent_dim, a.conditioning, a.pooling)
     model = VMD(config).to(a.device)
     if a.init_from and ckpt is None:
         source, _ = load_checkpoint(a.init_from, a.device)
@@ -415,8 +414,7 @@ class Recorder:
                  f"kl {kl:.3f} x {kl_weight:.2g}  lr {lr:.1e}  grad {norm:.2f}  "
                  f"{rate:,.0f} tok/s  ETA {clock(seconds / done * (a.steps - done))}")
         self.write(step=done, loss=loss, recon=recon, kl=kl, kl_weight=kl_weight, lr=lr,
-                   grad_norm=norm.item(),
-                   tokens_per_second=rate, seconds=seconds)
+                   grad_norm=norm.item(), tokens_per_second=rate, seconds=seconds)
         self.reset(done)
 
     def evaluation(self, done, result):
@@ -475,8 +473,7 @@ def train(a, ckpt, rank, world):
             # every process draws the whole batch and keeps its rows
             x0 = ds.batch(a.batch_size, streams["data"])
             noise = draw_noise(*x0.shape, model.block_size, model.latent_dim,
-                               a.objective_steps or None, a.t_min,
-                               streams["noise"], a.device)
+                               a.objective_steps or None, a.t_min, streams["noise"], a.device)
             terms, norm = update(step_fn, opt, x0, noise, kl_weight, a, rank, world)
             recorder.sums += terms
             bad |= ~norm.isfinite()
