@@ -42,10 +42,12 @@ CPU = PAPER | dict(
     kl_schedule="geometric")
 PRESETS = {name: {"paper": dict(PAPER), "cpu": dict(CPU)} for name in data.DATASETS}
 PRESETS["pairs"]["paper"]["kl_weight"] = 4.0  # C.1: "for the uniform data experiments"
+for name in ("pairs", "pairs_nonuniform"):
+    PRESETS[name]["cpu"] |= dict(t_min=0.5, kl_weight=1.5)
 PRESETS["d2"]["cpu"]["steps"] = 4000
 PRESETS["pairs_strength"]["cpu"] |= dict(latent_dim=2, kl_weight=0.8)
 PRESETS["needle"]["cpu"] |= dict(
-    batch_size=256, steps=1500, t_min=0.7, kl_start=1e-2, kl_weight=4.0)
+    batch_size=128, steps=2000, t_min=0.7, kl_start=1e-2, kl_weight=2.0)
 FREE_ON_RESUME = {"resume", "out", "device", "compile", "log_every", "eval_every"}
 LATENT_PARTS = ("encoder.", "conditioner.")  # names of parameters that the baseline lacks
 EVAL_SEQUENCES = 2000
