@@ -49,14 +49,16 @@ PRESETS["pairs_strength"]["cpu"] |= dict(latent_dim=2, kl_weight=0.8)
 PRESETS["needle"]["cpu"] |= dict(
     batch_size=128, steps=2000, t_min=0.7, kl_start=1e-2, kl_weight=2.0)
 FREE_ON_RESUME = {"resume", "out", "device", "compile", "log_every", "eval_every"}
+OPTIONAL = dict(preset=None, data_path=None, vocab_size=None, init_from=None)
 LATENT_PARTS = ("encoder.", "conditioner.")  # names of parameters that the baseline lacks
 EVAL_SEQUENCES = 2000
 
 
 def build_parser():
-    """The command line. Flags without a default of their own take the preset's."""
+    """The command line. A flag without a default is absent if not given: see `settle`."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                argument_default=argparse.SUPPRESS)
     p.error = lambda message: p.exit(2, f"train.py: {message}; see --help\n")
     g = p.add_argument_group("data")
     g.add_argument("--dataset", choices=data.DATASETS, default="pairs", help="what to learn")
@@ -111,11 +113,11 @@ def build_parser():
     g = p.add_argument_group("run")
     g.add_argument("--out", default="out",
                    help="folder of checkpoints and log; an earlier run in it is moved aside")
-    g.add_argument("--resume", action="store_true",
+    g.add_argument("--resume", action="store_true", default=False,
                    help="go on from last.pt in --out, bit for bit, with that run's settings")
     g.add_argument("--init-from", metavar="CKPT",
                    help="start from another checkpoint's decoder (E.5)")
-    g.add_argument("--freeze-decoder", action="store_true",
+    g.add_argument("--freeze-decoder", action="store_true", default=False,
                    help="with --init-from: train only encoder and latent pathway (E.5)")
     g.add_argument("--seed", type=int, default=0,
                    help="seed of weights, data and noise; CUDA kernels may differ in the last bit")
@@ -134,7 +136,7 @@ def build_parser():
 def settle(argv=None):
     """argv -> (args with the preset filled in, resumed checkpoint or None). Raises ValueError."""
     parser = build_parser()
-    args = vars(parser.parse_args(argv))
+    args = OPTIONAL | vars(parser.parse_args(argv))
     unset = object()        # attributes that exist are not overwritten by defaults
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(args, unset))))
     given = {k: v for k, v in given.items() if v is not unset}
