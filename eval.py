@@ -174,6 +174,8 @@ def run(a):
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
     if min(a.bound_steps, default=0) < 0 or a.iwae < 0:
         raise ValueError("--bound-steps and --iwae must be at least 0")
+    if a.iwae and not any(a.bound_steps):
+        raise ValueError("--iwae needs a finite --bound-steps, N above 0")
     model, ckpt = load_checkpoint(a.ckpt, a.device)
     args, start = ckpt["args"], time.time()
     if a.data_path and args["dataset"] != "array":

@@ -1035,6 +1035,7 @@ eval --bound-num 1
 eval --nfe 0
 eval --bound-steps -1
 eval --iwae -1
+eval --iwae 2 --bound-steps 0
 eval --latent none
 eval --json no/such/folder/x --num 10 --bound-steps
 eval --temperature -1
