@@ -1,21 +1,35 @@
-"""Datasets: the paper's synthetic data (Sections 4.1, 4.2, D.2) and any integer array of yours.
+"""Datasets: synthetic (Sections 4.1, 4.2, D.2), Sudoku (4.3), and any integer array of yours.
 
-    ds = load("pairs")                               # or load("array", data_path="tokens.npy")
-    x0 = ds.batch(512, torch.Generator())            # (512, L) int64, training data
+    ds = load("pairs")                               # or load("sudoku", grid=6, layout="board")
+    x0, given = ds.batch(512, torch.Generator())     # (512, L) int64, and bool or None
     ds.metrics(samples)                              # {"acc": 0.993, "kl": 0.011}
 
-Every dataset has name, vocab_size (V, without the mask, whose id is V), seq_len (L), entropy (nats
-or None), batch(n, generator), test(n, generator) and metrics(x). Needs numpy and torch and imports
-nothing of this project: copy it.
+Every dataset has name, vocab_size (V, without the mask, whose id is V), seq_len (L), prefix_len
+(tokens at the start that are always given), entropy (nats or None), about (in words), nfe, remask
+and score_num (how it is scored if nothing else is asked for: steps, rule, samples), and
+    batch(n, generator), test(n, generator) -> x0 (n, L) ids, given (n, L) bool or None: tokens that
+        are conditioned on and never masked
+    metrics(x, x0, given) -> scores of samples x drawn for test sequences x0; synthetic data need x
+Needs numpy, torch, requests, tqdm and imports nothing of this project: copy it.
 """
 
+import hashlib
 import math
+import os
+import time
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
+import requests
 import torch
+from tqdm import tqdm
 
 SYNTHETIC = ("pairs", "pairs_nonuniform", "pairs_strength", "d1", "d2", "needle")
-DATASETS = SYNTHETIC + ("array",)
+DATASETS = SYNTHETIC + ("sudoku", "array")
+OPTIONS = {  # what `load` takes, by dataset
+    "pairs_strength": ("strength",), "needle": ("length",), "array": ("data_path", "vocab_size"),
+    "sudoku": ("grid", "layout", "clues", "source", "puzzles", "data_path", "data_dir")}
 MAX_VOCAB = 1_000_000
 KL_FLOOR = 1e-12  # least generated probability; the paper's 25.3 is log(0.1 / 1e-12)
 
@@ -27,7 +41,7 @@ class Synthetic:
     samples that match a row; KL(true || generated) is over rows.
     """
 
-    vocab_size = 10
+    vocab_size, prefix_len, nfe, remask, score_num = 10, 0, 1, "prob", 20_000
 
     def __init__(self, name, table, probs=None):
         self.name, self.table = name, torch.as_tensor(table)
@@ -45,12 +59,12 @@ class Synthetic:
         return (x * self.vocab_size ** torch.arange(x.shape[1])).sum(1)
 
     def batch(self, n, generator=None):
-        """n fresh sequences (n, L) int64."""
+        """n fresh sequences (n, L) int64, None."""
         x = self.table[torch.multinomial(self.probs, n, replacement=True, generator=generator)]
-        if self.fixed.all():
-            return x
-        noise = torch.randint(self.vocab_size, x.shape, generator=generator)
-        return torch.where(x < 0, noise, x)
+        if not self.fixed.all():
+            noise = torch.randint(self.vocab_size, x.shape, generator=generator)
+            x = torch.where(x < 0, noise, x)
+        return x, None
 
     test = batch  # every draw is unseen data of the same distribution
 
@@ -60,13 +74,18 @@ class Synthetic:
         at = torch.searchsorted(self._keys, key).clamp(max=len(self._keys) - 1)
         return torch.where(self._keys[at] == key, self._order[at], -1)
 
-    def metrics(self, x):
+    def metrics(self, x, x0=None, given=None):
         """Samples x (n, L) -> {"acc": share that matches a row, "kl": KL over rows, nats}."""
         rows = self.rows(x)
         p, n = self.probs, len(x)
         generated = torch.bincount(rows[rows >= 0], minlength=len(p)).double() / n
         kl = torch.special.xlogy(p, p) - torch.special.xlogy(p, generated.clamp(min=KL_FLOOR))
         return {"acc": float((rows >= 0).double().mean()), "kl": float(kl.sum())}
+
+    @property
+    def about(self):
+        """What there is, in words."""
+        return f"entropy {self.entropy:.4f} nats"
 
     def joint(self, x):
         """Two-token data only: samples x (n, 2) -> (10, 10) joint frequencies."""
@@ -87,9 +106,11 @@ class Array:
     no (N, L) array of integers in 0..V-1. Pickled arrays are refused unread.
     """
 
-    name, entropy = "array", None
+    name, entropy, prefix_len, nfe, remask, score_num = "array", None, 0, 1, "prob", 1000
 
     def __init__(self, path, vocab_size=None):
+        if not path:
+            raise ValueError("dataset array needs --data-path FILE.npy")
         try:
             x = np.load(path, allow_pickle=False)
         except FileNotFoundError:
@@ -111,50 +132,639 @@ class Array:
         self.x_test, self.x_train = x[:held], x[held:]
 
     def batch(self, n, generator=None):
-        """n training rows drawn with replacement -> (n, L) int64."""
-        return self.x_train[torch.randint(len(self.x_train), (n,), generator=generator)].long()
+        """n training rows drawn with replacement -> (n, L) int64, None."""
+        at = torch.randint(len(self.x_train), (n,), generator=generator)
+        return self.x_train[at].long(), None
 
     def test(self, n, generator=None):
-        """n held-out rows drawn with replacement -> (n, L) int64."""
-        return self.x_test[torch.randint(len(self.x_test), (n,), generator=generator)].long()
+        """n held-out rows drawn with replacement -> (n, L) int64, None."""
+        return self.x_test[torch.randint(len(self.x_test), (n,), generator=generator)].long(), None
 
-    def metrics(self, x):
+    @property
+    def about(self):
+        """What there is, in words."""
+        return f"{len(self.x_train):,} training and {len(self.x_test):,} test sequences"
+
+    def metrics(self, x, x0=None, given=None):
         """Nothing: the true distribution is not known."""
         return {}
 
 
-def load(name, strength=1.0, length=20, data_path=None, vocab_size=None):
-    """Dataset by name.
+# ---- Sudoku. Boards in numpy: one uint16 of candidate bits per cell, (n, n, B), B contiguous
 
-    strength: p of pairs_strength; length: L of needle; data_path, vocab_size: of array. Raises
-    ValueError on an unknown name or an impossible option.
+BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # rows and columns of a box of an n x n board
+LAYOUTS = ("prefix", "board")
+SOURCES = ("generated", "shah", "extreme")
+GENERATOR_VERSION = 1  # part of the name of cached puzzles: raise it when the generator changes
+SHAH = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
+EXTREME = ("https://huggingface.co/datasets/sapientinc/sudoku-extreme/resolve/"
+           "58942f96baeb572ca3127e2a9e9c70f330783d6b/")
+DOWNLOADS = {  # source: (url, file, sha256 or None) of training and test puzzles
+    "shah": (
+        (SHAH.format("1msLy7AXAr4VBXXv7Xfkc_IG3E7retWza"), "sudoku-train-data.npy", None),
+        (SHAH.format("1HlKFzrkhMUAOoDU9qGUjkMD6IjlT40v7"), "sudoku-test-data.npy", None)),
+    "extreme": (
+        (EXTREME + "train.csv", "sudoku-extreme-train.csv",
+         "64b46674db0148e0d73a16346dadeb2b1c00824d3fca3f85b2ae7037f6b4b38e"),
+        (EXTREME + "test.csv", "sudoku-extreme-test.csv",
+         "a2fd52aea23d331d5b4ee723c856236e838a9fb9a70e66f4e0e0cf26c338c6a8"))}
+
+
+def units(c):
+    """Views of boards c (n, n, B) by rows, by columns, by boxes.
+
+    Each has five axes: the first two run over the cells of a unit, the next two over the units.
     """
+    n, (h, w) = len(c), BOXES[len(c)]
+    c = c.reshape(n // h, h, n // w, w, -1)
+    return c.transpose(2, 3, 0, 1, 4), c, c.transpose(1, 3, 0, 2, 4)
+
+
+def to_bits(boards):
+    """Digits (B, n n), 0 for blanks -> candidate bits (n, n, B), all candidates for blanks."""
+    n = math.isqrt(boards.shape[1])
+    bits = np.append(2**n - 1, 1 << np.arange(n)).astype(np.uint16)
+    return bits[np.ascontiguousarray(boards.T)].reshape(n, n, -1)
+
+
+def to_digits(c):
+    """Candidate bits (n, n, B) -> digits (B, n n) uint8, 0 where a cell is not decided."""
+    bits = c.reshape(len(c) ** 2, -1).T
+    return np.where(bits & (bits - 1), 0, np.bitwise_count(bits - 1) + 1).astype(np.uint8)
+
+
+def narrow(c):
+    """One round of naked and hidden singles on boards c (n, n, B), in place."""
+    single = np.where(c & (c - 1), 0, c)
+    for u, s in zip(units(c), units(single)):
+        u &= ~np.bitwise_or.reduce(s, axis=(0, 1)) | s         # a decided cell keeps its digit
+    for u in units(c):
+        once, twice = np.zeros_like(u[0, 0]), np.zeros_like(u[0, 0])
+        for cell in (u[i, j] for i in range(u.shape[0]) for j in range(u.shape[1])):
+            twice |= once & cell
+            once |= cell
+        hidden = u & once & ~twice
+        np.copyto(u, hidden, where=hidden != 0)
+
+
+def propagate(c):
+    """`narrow` to a fixpoint, in place -> contradiction (B,), solved (B,)."""
+    n, before = len(c), None
+    while before is None or (c != before).any():
+        before = c.copy()
+        narrow(c)
+    decided, broken = ((c & (c - 1)) == 0).all((0, 1)), (c == 0).any((0, 1))
+    for u in units(c):
+        broken |= (np.bitwise_or.reduce(u, axis=(0, 1)) != 2**n - 1).any((0, 1))
+    return broken, decided & ~broken
+
+
+def narrowest(c, rng=None):
+    """Of each board (n, n, B) an undecided cell with the fewest candidates (B,), and their number.
+
+    rng: choose among such cells at random."""
+    size = np.bitwise_count(c.reshape(len(c) ** 2, -1))
+    noise = 0 if rng is None else rng.random(size.shape, dtype=np.float32)
+    cell = np.where(size > 1, size + noise, 99).argmin(0)
+    return cell, size[cell, np.arange(len(cell))]
+
+
+def random_grids(n, count, rng):
+    """Random solved boards by propagation and guessing, starting anew where a guess fails.
+
+    -> candidate bits (n, n, count). Not exactly uniform over all boards.
+    """
+    B, done, out = min(count, 1024), 0, []
+    c = np.full((n, n, B), 2**n - 1, np.uint16)
+    while done < count:
+        broken, solved = propagate(c)
+        out.append(c[:, :, solved])
+        done += solved.sum()
+        c[:, :, broken | solved] = 2**n - 1
+        cell, size = narrowest(c, rng)
+        flat, b = c.reshape(n * n, B), np.arange(B)
+        bits, skip = flat[cell, b], (rng.random(B) * size).astype(int)
+        for i in range(n - 1):                           # keep the candidate after `skip` others
+            bits = np.where(skip > i, bits & (bits - 1), bits)
+        flat[cell, b] = bits & (~bits + 1)
+    return np.concatenate(out, axis=2)[:, :, :count]
+
+
+def dig(solution, rng):
+    """Digs holes, cells in random order, as long as singles still lead back to each cell's digit.
+
+    So every puzzle has one solution, and naked and hidden singles find it. solution (n, n, B) bits
+    -> digits (B, n n) uint8, 0 for blanks.
+    """
+    n, B = len(solution), solution.shape[2]
+    clues, everything = solution.reshape(n * n, B).copy(), np.uint16(2**n - 1)
+    for cell in rng.permuted(np.tile(np.arange(n * n)[:, None], (1, B)), axis=0):
+        b = np.arange(B)
+        digit = clues[cell, b]
+        c = np.where(clues, clues, everything)
+        c[cell, b] = everything
+        while len(b):                                    # boards that are settled leave the batch
+            before = c.copy()
+            narrow(c.reshape(n, n, -1))
+            found = c[cell, np.arange(len(b))] == digit[b]
+            clues[cell[found], b[found]] = 0
+            on = ~found & (c != before).any(0)
+            b, cell, c = b[on], cell[on], c[:, on]
+    bits = np.where(clues, clues, everything)
+    return to_digits(bits.reshape(n, n, B))
+
+
+def generate(n, count, seed=0):
+    """Unique-solution puzzles -> puzzles, solutions (count, n n) uint8, 0 for blanks.
+
+    About 24.6 clues for n = 9, 10.1 for 6, 4.3 for 4. Prints a progress bar where stderr is a
+    terminal.
+    """
+    out, bar = [], tqdm(total=count, desc=f"generating {n}x{n} puzzles", unit="puzzle",
+                        disable=None)
+    with bar:
+        for i in range(0, count, 1024):                  # a larger count begins with the same ones
+            rng = np.random.default_rng([GENERATOR_VERSION, seed, i])
+            grids = random_grids(n, 1024, rng)
+            out.append(np.stack([dig(grids, rng), to_digits(grids)]))
+            bar.update(min(1024, count - i))
+    return np.concatenate(out, axis=1)[:, :count]
+
+
+def solve(puzzles, limit=2):
+    """All puzzles at once, depth first -> one solution (B, n n) uint8 and the number found (B,).
+
+    Counts up to `limit` solutions of each; 0: there is none. puzzles (B, n n), 0 for blanks.
+    """
+    n = math.isqrt(puzzles.shape[1])
+    out, found = np.zeros_like(puzzles, dtype=np.uint8), np.zeros(len(puzzles), int)
+    stack = [(np.arange(len(puzzles)), to_bits(puzzles))]
+    while stack:
+        owner, c = stack.pop()
+        if len(owner) > 1024:
+            stack.append((owner[1024:], c[:, :, 1024:]))
+            owner, c = owner[:1024], c[:, :, :1024].copy()
+        broken, solved = propagate(c)
+        out[owner[solved]] = to_digits(c[:, :, solved])
+        np.add.at(found, owner[solved], 1)
+        on = ~broken & ~solved & (found[owner] < limit)
+        if on.any():
+            owner, c = owner[on], c[:, :, on]
+            cell, _ = narrowest(c)
+            bits = c.reshape(n * n, -1)[cell, np.arange(len(cell))]
+            for d in range(n):                           # one child for each candidate
+                has = (bits >> d & 1) == 1
+                if has.any():
+                    child = c[:, :, has].copy()
+                    child.reshape(n * n, -1)[cell[has], np.arange(has.sum())] = 1 << d
+                    stack.append((owner[has], child))
+    return out, np.minimum(found, limit)
+
+
+def violations(boards):
+    """Cells that are blank or share a row, column or box with their own digit.
+
+    boards (B, n n) digits, numpy -> (B, n n) bool.
+    """
+    n = math.isqrt(boards.shape[1])
+    digits = np.ascontiguousarray(boards.T).reshape(n, n, -1)
+    bad = (digits < 1) | (digits > n)
+    for u, out in zip(units(digits), units(bad)):
+        for d in range(1, n + 1):
+            out |= (u == d) & ((u == d).sum((0, 1)) > 1)
+    return bad.reshape(n * n, -1).T
+
+
+def canonical(solutions):
+    """Relabels digits so that the first row reads 1..n: (B, n n) -> (B, n n) uint8."""
+    n = math.isqrt(solutions.shape[1])
+    label = np.zeros((len(solutions), n + 1), np.uint8)
+    np.put_along_axis(label, solutions[:, :n].astype(int), np.arange(1, n + 1, dtype=np.uint8), 1)
+    return np.take_along_axis(label, solutions.astype(int), 1)
+
+
+def held_out(solutions):
+    """Which boards are for testing, about one in 20, by a hash of the canonical board -> (B,)."""
+    n = math.isqrt(solutions.shape[1])
+    rng = np.random.default_rng(7)                       # of the 12 4x4 boards it holds out 2
+    weights = rng.integers(1, 2**63, n * n, dtype=np.uint64) | np.uint64(1)
+    key = (canonical(solutions).astype(np.uint64) * weights).sum(1, dtype=np.uint64)
+    return (key >> np.uint64(40)) % np.uint64(20) == 0
+
+
+def check_puzzles(puzzles, solutions, where):
+    """Raises ValueError naming the first row whose solution breaks a rule or a clue.
+
+    where: row index -> its name.
+    """
+    for bad, why in ((violations(solutions).any(1), "its solution breaks the rules"),
+                     (((puzzles != 0) & (puzzles != solutions)).any(1), "its solution changes a clue")):
+        if bad.any():
+            raise ValueError(f"{where(bad.argmax())}: {why}")
+
+
+def read_shah(path):
+    """Puzzles of Shah et al. 2024, .npy (N, 325): givens k, then 81 x (row, column, value, strategy).
+
+    -> (2, N, 81) uint8: puzzles, solutions. Raises ValueError naming the first broken row, from 0.
+    """
+    try:
+        raw = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as e:  # a damaged file makes numpy raise almost anything
+        raise ValueError(f"{path} is no plain .npy array: {str(e)[:100]!r}") from None
+    shape = getattr(raw, "shape", None)
+    if shape is None or len(shape) != 2 or shape[1] != 325 or raw.dtype.kind not in "iu":
+        raise ValueError(f"{path} must hold an (N, 325) array of integers, not {shape}")
+    out = []
+    for start in range(0, len(raw), 100_000):
+        rows = np.asarray(raw[start:start + 100_000], dtype=np.int64)
+        row, column, value, strategy = rows[:, 1:].reshape(-1, 81, 4).transpose(2, 0, 1)
+        cell, k = row * 9 + column, rows[:, :1]
+        given = np.arange(81) < k                                                # (n, 81)
+        good = ((np.sort(cell, 1) == np.arange(81)) & (column >= 0) & (column < 9)
+                & (value >= 1) & (value <= 9) & (k >= 1) & ((strategy == 0) == given)).all(1)
+        if not good.all():
+            raise ValueError(f"{path}, row {start + good.argmin()}: not the givens and then the "
+                             "blanks of a puzzle as (row 0-8, column 0-8, value 1-9, strategy)")
+        both = np.zeros((2, len(rows), 81), np.uint8)
+        np.put_along_axis(both[1], cell, value.astype(np.uint8), 1)
+        np.put_along_axis(both[0], cell, np.where(given, value, 0).astype(np.uint8), 1)
+        check_puzzles(*both, lambda i: f"{path}, row {start + i}")
+        out.append(both)
+    return np.concatenate(out, axis=1)
+
+
+def parse_puzzle(text, n):
+    """n n characters, digits 1..n, . or 0 for blanks -> (n n,) uint8. Raises ValueError."""
+    if len(text) != n * n:
+        raise ValueError(f"a puzzle of {n}x{n} has {n * n} characters, not {len(text)}")
+    wrong = [c for c in text if c != "." and not (c.isascii() and c.isdigit() and int(c) <= n)]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is no cell of a puzzle: 1..{n}, or . or 0 for a blank")
+    return np.array([0 if c == "." else int(c) for c in text], np.uint8)
+
+
+def boards_of_lines(path, n):
+    """Yields the line's number and its boards, each (n n,) uint8, for every line of a text file.
+
+    Of the comma-separated fields those of n n characters count; a first line without any is a
+    header. Raises ValueError naming the broken line.
+    """
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for number, line in enumerate(f, 1):
+            fields = [w.strip().strip('"') for w in line.split(",")]
+            boards = [w for w in fields if len(w) == n * n]
+            if not line.strip() or not boards and number == 1 and not line[:1].isdigit():
+                continue
+            try:
+                yield number, [parse_puzzle(w, n) for w in boards or fields[:1]]
+            except ValueError as e:
+                raise ValueError(f"{path}, line {number}: {e}") from None
+
+
+def read_text(path, n):
+    """Puzzles of a text or CSV file, one per line, with or without solutions.
+
+    The first board of a line is the puzzle, the second its solution; missing solutions are worked
+    out. -> (2, N, n n) uint8. Raises ValueError naming the first broken line.
+    """
+    rows = [(number, boards[0], boards[1] if len(boards) > 1 else None)
+            for number, boards in boards_of_lines(path, n)]
+    if not rows:
+        raise ValueError(f"{path} holds no puzzle of {n * n} characters")
+    lines, puzzles, solutions = zip(*rows)
+    open_ = [i for i, s in enumerate(solutions) if s is None]
+    puzzles = np.stack(puzzles)
+    solutions = np.stack([p if s is None else s for p, s in zip(puzzles, solutions)])
+    if open_:
+        solutions[open_], found = solve(puzzles[open_])
+        if (found != 1).any():
+            i = (found != 1).argmax()
+            raise ValueError(f"{path}, line {lines[open_[i]]}: the puzzle has "
+                             f"{'several solutions' if found[i] else 'no solution'}")
+    check_puzzles(puzzles, solutions, lambda i: f"{path}, line {lines[i]}")
+    return np.stack([puzzles, solutions])
+
+
+def puzzles_to_solve(text, n):
+    """A puzzle as a string, or the puzzles of a file -> (N, n n) uint8; need not be unique.
+
+    Raises ValueError on wrong length or characters, or if the clues contradict each other.
+    """
+    if Path(text).is_file():
+        rows = [(f"{text}, line {i}", boards[0]) for i, boards in boards_of_lines(text, n)]
+    else:
+        rows = [("the puzzle", parse_puzzle(text, n))]
+    if not rows:
+        raise ValueError(f"{text} holds no puzzle of {n * n} characters")
+    puzzles = np.stack([p for _, p in rows])
+    for bad, why in (((violations(puzzles) & (puzzles > 0)).any(1),
+                      "two equal clues share a row, column or box"),
+                     (propagate(to_bits(puzzles))[0], "the clues leave a cell without a digit")):
+        if bad.any():
+            raise ValueError(f"{rows[bad.argmax()][0]}: {why}")
+    return puzzles
+
+
+def read_puzzles(path, n):
+    """Puzzles and solutions of a file -> (2, N, n n) uint8; .npy: `read_shah`, else `read_text`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file of puzzles at {path}")
+    return read_shah(path) if str(path).endswith(".npy") and n == 9 else read_text(path, n)
+
+
+def cached_puzzles(n, count, seed=0, data_dir=".data"):
+    """`generate`, kept in data_dir under version, seed and count, with a checksum beside it."""
+    path = Path(data_dir) / f"sudoku{n}x{n}-v{GENERATOR_VERSION}-seed{seed}-{count}.npy"
+    note = path.with_suffix(".sha256")
+    if path.exists() and note.exists() and note.read_text().strip() == sha256_of(path):
+        return np.load(path, allow_pickle=False)
+    if not 1 <= count <= 10**8:
+        raise ValueError(f"the number of puzzles must lie in 1..10^8, not {count}")
+    both = generate(n, count, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    with open(part, "wb") as f:
+        np.save(f, both)
+    os.replace(part, path)
+    part.write_text(sha256_of(path) + "\n")
+    os.replace(part, note)
+    return both
+
+
+class Sudoku:
+    """Puzzles and their solutions, n x n, n = 4, 6 or 9 (Section 4.3, C.2). Ids are digits, 0 blank.
+
+    layout: prefix, the paper's: puzzle, SEP = n + 1, solution, EOS = n + 2 (164 tokens for n = 9),
+        of which the whole solution may be masked; board: the solution alone, its clues given.
+    clues: None, those of a puzzle with one solution; K, K random cells: many solutions may be valid.
+    source: generated; shah, extreme (n = 9): downloaded to data_dir. data_path: a file instead.
+    puzzles: how many to generate. Boards whose digits can be relabelled into one another are all for
+    training or all for testing, except where the source has its own split.
+
+    Training data are augmented on the fly: digits are relabelled; for n = 9 also bands, rows,
+    stacks and columns are permuted and the board is transposed. Smaller boards have so few classes
+    under these (2 and 49) that this would turn training boards into test boards.
+    """
+
+    name, entropy, nfe, remask, score_num = "sudoku", None, 10, "margin", 1000
+
+    def __init__(self, grid=9, layout="prefix", clues=None, source="generated", puzzles=100_000,
+                 data_path=None, data_dir=".data"):
+        if grid not in BOXES or layout not in LAYOUTS or source not in SOURCES:
+            raise ValueError(f"grid {grid} must be one of {tuple(BOXES)}, layout {layout!r} of "
+                             f"{LAYOUTS}, source {source!r} of {SOURCES}")
+        if clues is not None and not 0 <= clues < grid**2:
+            raise ValueError(f"clues {clues} must lie in 0..{grid**2 - 1}")
+        if source != "generated" and (grid != 9 or data_path):
+            raise ValueError(f"source {source} has 9x9 boards and needs no data_path")
+        self.grid, self.layout, self.clues, self.cells = grid, layout, clues, grid**2
+        prefix = layout == "prefix"
+        self.vocab_size = grid + 3 if prefix else grid + 1
+        self.seq_len = 2 * self.cells + 2 if prefix else self.cells
+        self.prefix_len = self.cells + 1 if prefix else 0
+        self.source, self.puzzles, self.data_path, self.data_dir = (source, puzzles, data_path,
+                                                                    data_dir)
+
+    @cached_property
+    def sets(self):
+        """Training and test puzzles, (2, N, n n) uint8 each: puzzle, solution; read when needed."""
+        if self.source != "generated":
+            both = [read_puzzles(download(url, Path(self.data_dir) / file, sha256), 9)
+                    for url, file, sha256 in DOWNLOADS[self.source]]
+        else:
+            every = (read_puzzles(self.data_path, self.grid) if self.data_path else
+                     cached_puzzles(self.grid, self.puzzles, 0, self.data_dir))
+            test = held_out(every[1])
+            both = every[:, ~test], every[:, test]
+        if not min(x.shape[1] for x in both):
+            raise ValueError("too few puzzles: none is left to train on, or none to test on")
+        return [torch.from_numpy(x) for x in both]
+
+    @property
+    def about(self):
+        """What there is, in words."""
+        train, test = self.sets
+        clues = (train[0] > 0).sum(1).float().mean() if self.clues is None else self.clues
+        return (f"{self.grid}x{self.grid}, {train.shape[1]:,} training and {test.shape[1]:,} test "
+                f"puzzles, {clues:.1f} clues")
+
+    def batch(self, n, generator=None):
+        """n training puzzles drawn with replacement, augmented -> x0 (n, L) int64, given (n, L)."""
+        train = self.sets[0]
+        at = torch.randint(train.shape[1], (n,), generator=generator)
+        return self.tokens(*self.augment(train[:, at].long(), generator), generator)
+
+    def test(self, n, generator=None):
+        """n held-out puzzles, distinct as far as there are as many -> x0, given, as `batch`."""
+        test = self.sets[1]
+        have = test.shape[1]
+        at = torch.cat([torch.randperm(have, generator=generator) for _ in range(-(-n // have))])
+        return self.tokens(*test[:, at[:n]].long(), generator)
+
+    def augment(self, both, generator=None):
+        """Random symmetries, the same for puzzle and solution: (2, n, n n) -> (2, n, n n)."""
+        n, B = self.grid, both.shape[1]
+
+        def permutations(count, size):
+            return torch.rand(B, count, size, generator=generator).argsort(-1)
+        digits = permutations(1, n)[:, 0] + 1
+        relabel = torch.cat([torch.zeros(B, 1, dtype=torch.long), digits], dim=1)  # 0 stays blank
+        if n == 9:
+            lines = [(permutations(1, 3)[..., None] * 3 + permutations(3, 3)
+                      .gather(1, permutations(1, 3).view(B, 3, 1).expand(-1, -1, 3))
+                      .view(B, 1, 3, 3)).view(B, 9) for _ in range(2)]     # new row i is lines[0][i]
+            cell = lines[0][:, :, None] * 9 + lines[1][:, None, :]                     # (B, 9, 9)
+            flip = torch.rand(B, 1, 1, generator=generator) < 0.5
+            cell = torch.where(flip, cell.transpose(1, 2), cell).reshape(1, B, 81)
+            both = both.gather(2, cell.expand(2, -1, -1))
+        return relabel[None].expand(2, -1, -1).gather(2, both)
+
+    def tokens(self, puzzle, solution, generator=None):
+        """puzzle, solution (n, n n) digits -> x0 (n, L) int64, given (n, L) bool."""
+        if self.clues is not None:
+            order = torch.rand(solution.shape, generator=generator).argsort(1).argsort(1)
+            puzzle = torch.where(order < self.clues, solution, 0)
+        if self.layout == "board":
+            return solution, puzzle > 0
+        sep, eos = (torch.full_like(solution[:, :1], self.grid + i) for i in (1, 2))
+        x0 = torch.cat([puzzle, sep, solution, eos], dim=1)
+        given = torch.ones_like(x0, dtype=torch.bool)
+        given[:, self.prefix_len:-1] = False
+        return x0, given
+
+    def boards(self, x, given):
+        """Sequences x, given (n, L) -> puzzle, answer (n, n n) digits, 0 for blanks and masks."""
+        if self.layout == "board":
+            puzzle, answer = torch.where(given, x, 0), x
+        else:
+            puzzle, answer = x[:, : self.cells], x[:, self.prefix_len:-1]
+        return puzzle, torch.where(answer > self.grid, 0, answer)
+
+    def metrics(self, x, x0, given):
+        """Answers x for the puzzles of x0 -> shares, each with its standard error (_se).
+
+        exact: equals the solution; valid: keeps rules and clues; cell: of the blank cells, those
+        that equal the solution.
+        """
+        (puzzle, answer), solution = self.boards(x, given), self.boards(x0, given)[1]
+        blank = puzzle == 0
+        valid = ~torch.from_numpy(violations(answer.numpy()).any(1))
+        values = dict(exact=(answer == solution).all(1),
+                      valid=valid & (blank | (answer == puzzle)).all(1),
+                      cell=((answer == solution) & blank).sum(1) / blank.sum(1).clamp(min=1))
+        out = {}
+        for k, v in values.items():
+            v = v.double()
+            out |= {k: v.mean().item(), f"{k}_se": v.std(correction=0).item() / math.sqrt(len(v))}
+        return out
+
+
+def draw_boards(puzzle, answer, color=False):
+    """Puzzle and answer side by side as text: ' after clues, ! after violations, _ for blanks.
+
+    puzzle, answer (n n,) digits. color: clues also bold, violations red (ANSI).
+    """
+    n = math.isqrt(len(puzzle))
+    h, w = BOXES[n]
+    puzzle, answer = np.asarray(puzzle), np.asarray(answer)
+    bad = violations(answer[None])[0] | (puzzle != 0) & (answer != puzzle)
+
+    def cell(digit, mark=" ", code=None):
+        text = (str(digit) if digit else "_") + mark
+        return f"\033[{code}m{text}\033[0m" if color and code else text
+
+    lines = []
+    for i in range(n):
+        at = range(i * n, (i + 1) * n)
+        left = [cell(puzzle[j], code=1 if puzzle[j] else None) for j in at]
+        right = [cell(answer[j], "!", 31) if bad[j] else cell(answer[j], "'", 1) if puzzle[j]
+                 else cell(answer[j]) for j in at]
+        rows = ["".join(("| " if j and j % w == 0 else "") + c for j, c in enumerate(side))
+                for side in (left, right)]
+        if i and i % h == 0:
+            rule = "+-".join(["--" * w] * (n // w))
+            lines.append(f"{rule}   {rule}")
+        lines.append("   ".join(rows))
+    return "\n".join(lines) + f"\nsolved: {'no' if bad.any() else 'yes'}"
+
+
+# ---- downloads
+
+def sha256_of(path):
+    """Hex digest of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def download(url, path, sha256=None, tries=4):
+    """Fetches url to path unless it is there -> path.
+
+    Streams to PATH.part, goes on from there after an interruption (Range), checks the sha256, then
+    renames: under its own name a file is whole. Without a known sha256, that of the first download
+    is kept beside it. Retries with back-off. Raises OSError, or ValueError on wrong content.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    for i in range(tries):
+        try:
+            fetch(url, part)
+            break
+        except requests.HTTPError as e:
+            code = e.response.status_code
+            if i + 1 == tries or code < 500 and code not in (416, 429):
+                raise OSError(f"cannot download {url}: HTTP status {code}") from None
+        except requests.RequestException as e:
+            if i + 1 == tries:
+                raise OSError(f"cannot download {url}: {type(e).__name__}; what came so far is "
+                              f"kept in {part}") from None
+        time.sleep(2**i)
+    digest = sha256_of(part)
+    if sha256 not in (None, digest):
+        part.unlink()
+        raise ValueError(f"{url} has sha256 {digest}, not {sha256}; the file is not kept")
+    if sha256 is None:
+        path.with_name(path.name + ".sha256").write_text(digest + "\n")
+    os.replace(part, path)
+    return path
+
+
+def fetch(url, part):
+    """One attempt of `download`: appends to `part` what is missing. Raises requests' exceptions."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=30) as r:
+        if r.status_code == 416:                         # nothing follows: whole, or not its start
+            if r.headers.get("Content-Range", "").endswith(f"/{have}"):
+                return
+            part.unlink()
+        r.raise_for_status()
+        if "html" in r.headers.get("Content-Type", ""):
+            raise ValueError(f"{url} answered with a web page, not with the file: see it in a "
+                             "browser (a quota, a login)")
+        resumed = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(
+            f"bytes {have}-")
+        have = have if resumed else 0
+        length = r.headers.get("Content-Length")
+        total = None if length is None else have + int(length)
+        with open(part, "ab" if resumed else "wb") as f, tqdm(
+                total=total, initial=have, unit="B", unit_scale=True, desc=part.stem,
+                disable=None) as bar:
+            for chunk in r.iter_content(1 << 20):
+                f.write(chunk)
+                bar.update(len(chunk))
+            got = f.tell()
+        if total is not None and got != total:
+            raise requests.ConnectionError(f"{got} bytes of {total}")
+
+
+def options(args):
+    """The options of `load` that settings (a dict, as in a checkpoint) hold for their dataset."""
+    return {k: args[k] for k in OPTIONS.get(args["dataset"], ()) if args.get(k) is not None}
+
+
+def load(name, **given):
+    """Dataset by name. Options, all with defaults but data_path of array:
+
+    strength: p of pairs_strength, 0..1; length: L of needle; data_path, vocab_size: of `Array`;
+    grid, layout, clues, source, puzzles, data_path, data_dir: of `Sudoku`. Raises ValueError on an
+    unknown name, an option of another dataset or an impossible value.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"dataset {name!r} is not one of {', '.join(DATASETS)}")
+    for k in given:
+        if k not in OPTIONS.get(name, ()):
+            owners = ", ".join(d for d in DATASETS if k in OPTIONS.get(d, ())) or "no dataset"
+            raise ValueError(f"{k} is an option of {owners}, not of {name}")
     V, k = 10, torch.arange(10)[:, None]
     run = (k + torch.arange(4)) % V  # (10, 4): c, c+1, c+2, c+3
+    if name == "sudoku":
+        return Sudoku(**given)
+    if name == "array":
+        return Array(given.get("data_path"), given.get("vocab_size"))
     if name == "pairs":
         return Synthetic(name, run[:, :2])
     if name == "pairs_nonuniform":
         return Synthetic(name, run[:, :2], torch.arange(1, 11) / 55)
-    if name == "pairs_strength":
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength must lie in 0..1, not {strength}")
-        table = torch.cartesian_prod(torch.arange(V), torch.arange(V))
-        succ = table[:, 1] == (table[:, 0] + 1) % V
-        return Synthetic(name, table, torch.where(succ, strength, (1 - strength) / (V - 1)) / V)
     if name == "d1":
         return Synthetic(name, run)
     if name == "d2":
         first, second = run[:, :2].repeat_interleave(V, 0), run[:, :2].repeat(V, 1)
         return Synthetic(name, torch.cat([first, second], 1))
     if name == "needle":
+        length = given.get("length", 20)
         if length < 8:
             raise ValueError(f"length of needle must be at least 8, not {length}")
         return Synthetic(name, torch.cat([run, torch.full((V, length - 8), -1), run], 1))
-    if name == "array":
-        if not data_path:
-            raise ValueError("dataset array needs --data-path FILE.npy")
-        return Array(data_path, vocab_size)
-    raise ValueError(f"dataset {name!r} is not one of {', '.join(DATASETS)}")
+    strength = given.get("strength", 1.0)
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must lie in 0..1, not {strength}")
+    table = torch.cartesian_prod(torch.arange(V), torch.arange(V))
+    succ = table[:, 1] == (table[:, 0] + 1) % V
+    return Synthetic(name, table, torch.where(succ, strength, (1 - strength) / (V - 1)) / V)
 
 
 def show(x, vocab_size):

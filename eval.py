@@ -5,7 +5,8 @@
     python eval.py --plot joint.png                                     # needs matplotlib
 
 Metrics are printed in percent and written as fractions; all else is nats. --nfe counts evaluations
-per block: with two blocks, the paper's "B=2, NFE=4" is --nfe 2.
+per block: with two blocks, the paper's "B=2, NFE=4" is --nfe 2. Sudoku: exact, the share of puzzles
+solved; valid, rules and clues kept; cell, of the cells to fill; each with its standard error.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from diffusion import (LATENT, REMASK, active_units, default_temperature, draw_n
 from model import load_checkpoint
 
 SHADES = " ░▒▓█"
+METRICS = dict(acc="acc", kl="KL", cond_acc="condAcc", exact="exact", valid="valid", cell="cell")
+GRIDS = {"sudoku": dict(nfe=[5, 10, 20], remask=["prob", "margin"], latent=list(LATENT))}
 
 
 def build_parser():
@@ -33,17 +36,22 @@ def build_parser():
     p.error = lambda message: p.exit(2, f"eval.py: {message}; see --help\n")
     p.add_argument("--ckpt", default="out/last.pt", help="checkpoint of train.py")
     p.add_argument("--data-path", metavar="FILE",
-                   help="array: the .npy file, if it has moved since training")
+                   help="array: the .npy file, if it has moved since training; sudoku: score on all "
+                   "puzzles of this file instead of those held out")
+    p.add_argument("--clues", type=int,
+                   help="sudoku: show this many random cells of held-out boards; default: as trained")
     g = p.add_argument_group("samples: one row for each combination")
-    g.add_argument("--nfe", type=int, nargs="+", default=[1],
-                   help="network evaluations per block, N")
-    g.add_argument("--remask", nargs="+", choices=REMASK, default=["prob"],
-                   help="which tokens are unmasked first")
-    g.add_argument("--latent", nargs="+", choices=LATENT, default=["fixed"],
-                   help="fixed, resampled (E.1), or from the encoder (E.4)")
+    g.add_argument("--nfe", type=int, nargs="+",
+                   help="network evaluations per block, N; default: 1; sudoku: 5 10 20")
+    g.add_argument("--remask", nargs="+", choices=REMASK,
+                   help="which tokens are unmasked first; default: prob; sudoku: prob margin")
+    g.add_argument("--latent", nargs="+", choices=LATENT,
+                   help="fixed, resampled (E.1), or from the encoder (E.4); default: fixed; sudoku: "
+                   "all")
     g.add_argument("--temperature", type=float, nargs="+",
                    help="of the tokens, 0: argmax; default: 0 with a latent, 1 without")
-    g.add_argument("--num", type=int, default=20_000, help="samples per row")
+    g.add_argument("--num", type=int,
+                   help="samples per row; default: 20000; sudoku: 1000 puzzles")
     g = p.add_argument_group("bounds")
     g.add_argument("--bound-steps", type=int, nargs="*", default=[1, 2, 4, 0],
                    help="N of NELBO_N; 0: infinity; empty: no bounds")
@@ -58,7 +66,8 @@ def build_parser():
                    help="torch device")
     g.add_argument("--json", metavar="FILE", help="write all results to this file")
     g.add_argument("--plot", metavar="FILE",
-                   help="two-token data: true and generated joint as an image (matplotlib)")
+                   help="an image (matplotlib): true and generated joint of two-token data; sudoku: "
+                   "accuracy during training, from log.jsonl beside the checkpoint")
     return p
 
 
@@ -70,20 +79,22 @@ def generate(model, start, a, nfe, remask, latent, temperature):
 
 def sample_rows(model, ds, a):
     """One dict per combination of the flags -> (rows, samples of the first)."""
-    V, rows, first = ds.vocab_size, [], None
-    blank = torch.full((a.num, ds.seq_len), V)
-    prompt = blank.clone()
-    prompt[:, 0] = ds.test(a.num, torch.Generator().manual_seed(a.seed))[:, 0]
+    rows, first = [], None
+    x0, given = ds.test(a.num, torch.Generator().manual_seed(a.seed))
+    blank = torch.full_like(x0, ds.vocab_size)
+    start = blank if given is None else torch.where(given, x0, blank)
+    prompt = blank.index_copy(1, torch.tensor([0]), x0[:, :1])
     latents = a.latent if model.latent_dim else ["none"]
     for latent, temperature, remask, nfe in itertools.product(latents, a.temperature, a.remask,
                                                               a.nfe):
         how = (nfe, remask, "fixed" if latent == "none" else latent, temperature)
-        start, x = time.time(), generate(model, blank, a, *how)
+        clock, x = time.time(), generate(model, start, a, *how)
         first = x if first is None else first
-        row = dict(nfe=nfe, remask=remask, temperature=temperature, latent=latent, **ds.metrics(x))
+        row = dict(nfe=nfe, remask=remask, temperature=temperature, latent=latent,
+                   **ds.metrics(x, x0, given))
         if ds.name == "needle":
             row["cond_acc"] = ds.metrics(generate(model, prompt, a, *how))["acc"]
-        rows.append(row | dict(seconds=round(time.time() - start, 2)))
+        rows.append(row | dict(seconds=round(time.time() - clock, 2)))
     return rows, first
 
 
@@ -96,20 +107,22 @@ def mean_se(values):
 def bound_rows(model, ds, a, t_min=1e-5):
     """printed, NELBO_N and IWAE on test data, each {bound, steps, nats, se}; nats per sequence."""
     g, gd = torch.Generator().manual_seed(a.seed), torch.Generator(a.device).manual_seed(a.seed)
-    batches = [x.to(a.device) for x in ds.test(a.bound_num, g).split(a.batch_size)]
+    x0, given = ds.test(a.bound_num, g)
+    batches = [(x.to(a.device), None if given is None else given[at].to(a.device))
+               for x, at in zip(x0.split(a.batch_size), torch.arange(len(x0)).split(a.batch_size))]
     r, Z, rows = model.block_size, model.latent_dim, []
     for kind, steps in [("vmd", 0)] + [("nelbo", n) for n in a.bound_steps]:
         values = []
-        for x in batches:
+        for x, known in batches:
             noise = draw_noise(*x.shape, r, Z, steps or None, t_min, gd, a.device)
             with torch.no_grad():
-                values.append(objective(model, x, noise, kind)[0])
+                values.append(objective(model, x, noise, kind, given=known)[0])
         nats, se = mean_se(torch.cat(values))
         rows.append(dict(bound="printed" if kind == "vmd" else "nelbo", steps=steps or None,
                          nats=nats, se=se))
     for steps in a.bound_steps if a.iwae else ():
         if steps:
-            values = [iwae(model, x, steps, a.iwae, generator=gd) for x in batches]
+            values = [iwae(model, x, steps, a.iwae, known, gd) for x, known in batches]
             nats, se = mean_se(torch.cat(values))
             rows.append(dict(bound=f"iwae_{a.iwae}", steps=steps, nats=nats, se=se))
     return rows
@@ -137,6 +150,20 @@ def import_pyplot():
     return plt
 
 
+def plot_training(path, log):
+    """Accuracy of samples during training as an image file (Figure 6). log: a log.jsonl."""
+    plt = import_pyplot()
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    curve = {r["step"]: r["eval"] for r in records if "eval" in r}   # a resumed run repeats steps
+    fig, ax = plt.subplots(figsize=(5, 3.4))
+    for k in ("exact", "valid", "cell"):
+        ax.plot(list(curve), [v[f"sampled_{k}"] for v in curve.values()], label=k)
+    ax.set(xlabel="step", ylabel="share of held-out puzzles, cells", ylim=(0, 1))
+    ax.legend()
+    fig.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(fig)
+
+
 def plot(path, truth, generated):
     """The same as an image file."""
     plt = import_pyplot()
@@ -150,11 +177,13 @@ def plot(path, truth, generated):
 
 def print_results(result, ds):
     """The tables."""
-    print(f"{'nfe':>4} {'remask':>7} {'temp':>5} {'latent':>9} {'acc':>8} {'KL':>8}"
-          + (f" {'condAcc':>8}" if ds.name == "needle" else ""))
+    shown = [k for k in METRICS if k in result["rows"][0]]
+    print(f"{'nfe':>4} {'remask':>7} {'temp':>5} {'latent':>9} "
+          + " ".join(f"{METRICS[k]:>8}" + " +-     " * (f"{k}_se" in result["rows"][0])
+                     for k in shown))
     for r in result["rows"]:
-        cells = [f"{r['acc']:>8.2%} {r['kl']:>8.4f}" if "acc" in r else f"{'-':>8} {'-':>8}"]
-        cells += [f"{r['cond_acc']:>8.2%}"] if "cond_acc" in r else []
+        cells = [(f"{r[k]:>8.4f}" if k == "kl" else f"{r[k]:>8.2%}")
+                 + (f" {r[f'{k}_se']:<7.2%}" if f"{k}_se" in r else "") for k in shown]
         print(f"{r['nfe']:>4} {r['remask']:>7} {r['temperature']:>5g} {r['latent']:>9} "
               + " ".join(cells))
     if result["bounds"]:
@@ -167,47 +196,70 @@ def print_results(result, ds):
     print(f"\nactive latent units per block: {result['active_units']} of {result['latent_dim']}")
 
 
+def load_data(a, model, ckpt):
+    """The dataset that the checkpoint was trained on, or that the flags name instead."""
+    args = ckpt["args"]
+    name, options = args["dataset"], data.options(args)
+    if a.clues is not None and name != "sudoku":
+        raise ValueError(f"--clues is for sudoku; {a.ckpt} was trained on {name}")
+    if a.data_path and name not in ("array", "sudoku"):
+        raise ValueError(f"--data-path is for arrays and sudoku; {a.ckpt} was trained on {name}")
+    if name == "array":
+        options |= dict(vocab_size=model.vocab_size, data_path=a.data_path or args["data_path"])
+    if a.clues is not None:
+        options["clues"] = a.clues
+    ds = data.load(name, **options)
+    if a.data_path and name == "sudoku":
+        ds.sets = [None, torch.from_numpy(data.read_puzzles(a.data_path, ds.grid))]
+    if (ds.seq_len, ds.vocab_size) != (model.config.seq_len, model.vocab_size):
+        raise ValueError(f"the data has L {ds.seq_len}, V {ds.vocab_size}; the checkpoint wants "
+                         f"{model.config.seq_len}, {model.vocab_size}")
+    return ds
+
+
 def run(a):
     """Evaluates and prints. Raises ValueError, FileNotFoundError."""
     for name, least in (("num", 1), ("bound_num", 2), ("batch_size", 1)):
-        if getattr(a, name) < least:
+        if getattr(a, name) is not None and getattr(a, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
     if min(a.bound_steps, default=0) < 0 or a.iwae < 0:
         raise ValueError("--bound-steps and --iwae must be at least 0")
     if a.iwae and not any(a.bound_steps):
         raise ValueError("--iwae needs a finite --bound-steps, N above 0")
     model, ckpt = load_checkpoint(a.ckpt, a.device)
-    args, start = ckpt["args"], time.time()
-    if a.data_path and args["dataset"] != "array":
-        raise ValueError(f"--data-path is for arrays; {a.ckpt} was trained on {args['dataset']}")
-    ds = data.load(args["dataset"], args["strength"], args["length"],
-                   a.data_path or args["data_path"], model.vocab_size)
-    if (ds.seq_len, ds.vocab_size) != (model.config.seq_len, model.vocab_size):
-        raise ValueError(f"the data has L {ds.seq_len}, V {ds.vocab_size}; the checkpoint wants "
-                         f"{model.config.seq_len}, {model.vocab_size}")
-    if a.plot and (ds.seq_len != 2 or ds.entropy is None):
+    args, start, ds = ckpt["args"], time.time(), load_data(a, model, ckpt)
+    defaults = dict(num=ds.score_num, nfe=[ds.nfe], remask=[ds.remask], latent=["fixed"],
+                    temperature=[default_temperature(model)]) | GRIDS.get(ds.name, {})
+    for k, v in defaults.items():
+        if getattr(a, k) is None:
+            setattr(a, k, v)
+    two_tokens, journal = ds.seq_len == 2 and ds.entropy is not None, Path(a.ckpt).parent / "log.jsonl"
+    if a.plot and not two_tokens and ds.name != "sudoku":
         raise ValueError(f"--plot draws the joint of two tokens; {ds.name} has {ds.seq_len}")
     if a.plot:
         import_pyplot()
+        if not two_tokens and not journal.exists():
+            raise FileNotFoundError(f"no {journal} to plot")
     for file in (a.json, a.plot):
         if file and not Path(file).absolute().parent.is_dir():
             raise FileNotFoundError(f"no folder {Path(file).parent} to write {file} to")
-    if a.temperature is None:
-        a.temperature = [default_temperature(model)]
     rows, x = sample_rows(model, ds, a)
     bounds = bound_rows(model, ds, a) if a.bound_steps else []
-    x0 = ds.test(min(a.bound_num, 5000), torch.Generator().manual_seed(a.seed))
-    active = active_units(model, x0.to(a.device))
+    x0, given = ds.test(min(a.bound_num, 5000), torch.Generator().manual_seed(a.seed))
+    active = active_units(model, x0.to(a.device),
+                          given=None if given is None else given.to(a.device))
     result = dict(dataset=ds.name, checkpoint=str(a.ckpt), step=ckpt["step"], seed=a.seed,
                   device=str(a.device), seconds=round(time.time() - start, 2),
                   params=model.param_counts(), latent_dim=model.latent_dim,
                   active_units=active.tolist(), train_args=args, rows=rows, bounds=bounds)
     print(f"{ds.name}, {a.ckpt}, step {ckpt['step']}, {a.num:,} samples, seed {a.seed}, {a.device}")
     print_results(result, ds)
-    if ds.seq_len == 2 and ds.entropy is not None:
+    if two_tokens:
         print("\n" + heat_map(ds.true_joint(), ds.joint(x)))
-        if a.plot:
-            plot(a.plot, ds.true_joint(), ds.joint(x))
+    if a.plot and two_tokens:
+        plot(a.plot, ds.true_joint(), ds.joint(x))
+    elif a.plot:
+        plot_training(a.plot, journal)
     if a.json:
         Path(a.json).write_text(json.dumps(result, indent=1) + "\n")
 

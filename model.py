@@ -23,7 +23,7 @@ CONDITIONING = ("adaln", "shared", "add")
 POOLING = ("mean", "gated")
 LOGVAR_RANGE = (-12.0, 8.0)  # clamp: sigma from e^-6 to e^4
 LOGVAR_INIT = -4.0  # sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 CHECKPOINT_KEYS = ("config", "model", "ema", "optimizer", "step", "best", "seconds", "args", "rng")
 
 
@@ -39,6 +39,7 @@ class Config:
     layers: int = 8  # decoder
     encoder_layers: int = 2
     latent_dim: int = 32  # Z per block; 0: no latent, no encoder
+    latent_hidden: int = 4  # width of the hidden layers of z's MLP, in units of D
     conditioning: str = "adaln"  # how z enters the decoder: adaln (C.1), shared (C.2), add (C.3)
     pooling: str = "mean"  # how the encoder summarises a block: mean (C.1) or gated (C.2)
     prefix_len: int = 0  # tokens at the start that are never masked: gated pooling skips them
@@ -233,8 +234,9 @@ class Conditioner(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.kind, self.layers, D = c.conditioning, c.layers, c.width
-        self.mlp = nn.Sequential(nn.Linear(c.latent_dim, 4 * D), nn.SiLU(),
-                                 nn.Linear(4 * D, 4 * D), nn.SiLU(), nn.Linear(4 * D, D))
+        hidden = c.latent_hidden * D
+        self.mlp = nn.Sequential(nn.Linear(c.latent_dim, hidden), nn.SiLU(),
+                                 nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, D))
         if self.kind == "add":
             self.scale = nn.Parameter(torch.tensor(1.0))
         else:

@@ -3,6 +3,8 @@
 python sample.py                                   # ten samples of the last run
 python sample.py --nfe 2 --remask margin --num 5
 python sample.py --infill "3 _"                    # the given tokens stay
+python sample.py --nfe 10 --remask margin          # Sudoku: solves held-out puzzles
+python sample.py --puzzle puzzles.txt              # or one puzzle as a string
 """
 
 import argparse
@@ -22,41 +24,90 @@ def build_parser():
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.error = lambda message: p.exit(2, f"sample.py: {message}; see --help\n")
     p.add_argument("--ckpt", default="out/last.pt", help="checkpoint of train.py")
-    p.add_argument("--num", type=int, default=10, help="number of samples")
-    p.add_argument("--nfe", type=int, default=1, help="network evaluations per block, N")
-    p.add_argument("--remask", choices=REMASK, default="prob",
-                   help="which tokens are unmasked first (Section 3.3)")
+    p.add_argument("--num", type=int,
+                   help="number of samples, of each --puzzle; default: 10, with --puzzle 1")
+    p.add_argument("--nfe", type=int,
+                   help="network evaluations per block, N; default: 10 for sudoku, else 1")
+    p.add_argument("--remask", choices=REMASK,
+                   help="which tokens are unmasked first (Section 3.3); default: margin for sudoku, "
+                   "else prob")
     p.add_argument("--temperature", type=float,
                    help="of the tokens, 0: argmax; default: 0 with a latent, 1 without")
     p.add_argument("--latent", choices=LATENT, default="fixed",
                    help="one z per block, a new one each step (E.1), or from the encoder (E.4)")
     p.add_argument("--infill", metavar="TOKENS",
                    help='a sequence in the form that samples are printed in, _ for blanks: "3 _"')
+    p.add_argument("--puzzle", metavar="PUZZLE",
+                   help="sudoku: n n characters, . or 0 for blanks, or a file with one per line; "
+                   "default: held-out puzzles")
+    p.add_argument("--clues", type=int,
+                   help="sudoku: show this many random cells of held-out boards; default: as trained")
     p.add_argument("--batch-size", type=int, default=1000, help="sequences per network evaluation")
     p.add_argument("--seed", type=int, default=0, help="same seed, same samples")
-    p.add_argument("--out", metavar="FILE", help="also write the samples to this file")
+    p.add_argument("--out", metavar="FILE",
+                   help="also write the samples to this file; sudoku: puzzle,answer on each line")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="torch device")
     return p
 
 
+def start_from(a, model, args):
+    """What to fill in -> x (n, L) ids with masks, given (n, L) bool or None, dataset or None."""
+    V, L = model.vocab_size, model.config.seq_len
+    if args["dataset"] != "sudoku":
+        x = torch.full((L,), V) if a.infill is None else data.parse(a.infill, L, V)
+        return x.repeat(a.num, 1), None, None
+    options = data.options(args) | ({} if a.clues is None else {"clues": a.clues})
+    if a.puzzle is None:
+        ds = data.load("sudoku", **options)
+        x0, given = ds.test(a.num, torch.Generator().manual_seed(a.seed))
+    else:
+        ds = data.load("sudoku", **options | {"clues": None})
+        puzzles = torch.from_numpy(data.puzzles_to_solve(a.puzzle, ds.grid)).long()
+        x0, given = (x.repeat_interleave(a.num, 0) for x in ds.tokens(puzzles, puzzles))
+    return torch.where(given, x0, V), given, ds
+
+
+def show_boards(puzzles, answers, file):
+    """Prints Sudoku boards; writes puzzle,answer lines to `file` unless it is None."""
+    for p, b in zip(puzzles.numpy(), answers.numpy()):
+        print(data.draw_boards(p, b, color=sys.stdout.isatty()) + "\n")
+    good = ~data.violations(answers.numpy()).any(1) & ((puzzles == 0) | (puzzles == answers)
+                                                       ).all(1).numpy()
+    print(f"{good.sum()} of {len(good)} solved")
+    if file:
+        rows = [",".join("".join(map(str, r)) for r in pair)
+                for pair in zip(puzzles.tolist(), answers.tolist())]
+        Path(file).write_text("\n".join(rows) + "\n")
+
+
 def run(a):
     """Prints the samples. Raises ValueError, FileNotFoundError."""
+    a.num = a.num if a.num is not None else 1 if a.puzzle is not None else 10
     if a.num < 1 or a.batch_size < 1:
         raise ValueError(f"--num {a.num} and --batch-size {a.batch_size} must be at least 1")
     if a.out and not Path(a.out).absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {Path(a.out).parent} to write {a.out} to")
     model, ckpt = load_checkpoint(a.ckpt, a.device)
-    V, L = model.vocab_size, model.config.seq_len
+    name = ckpt["args"]["dataset"]
+    for flag, wanted in (("puzzle", True), ("clues", True), ("infill", False)):
+        if getattr(a, flag) is not None and wanted != (name == "sudoku"):
+            raise ValueError(f"--{flag} does not go with {name}, which {a.ckpt} was trained on")
+    if a.puzzle is not None and a.clues is not None:
+        raise ValueError("--clues picks cells of held-out boards; it does not go with --puzzle")
     if a.temperature is None:
         a.temperature = default_temperature(model)
-    start = torch.full((L,), V) if a.infill is None else data.parse(a.infill, L, V)
-    x = sample(model, start.repeat(a.num, 1).to(a.device), a.nfe, a.remask, a.temperature, a.latent,
-               a.batch_size, torch.Generator().manual_seed(a.seed))
-    text, latent = data.show(x.cpu(), V), a.latent if model.latent_dim else "none"
-    print(f"# {ckpt['args']['dataset']}, step {ckpt['step']}, nfe {a.nfe} per block, "
-          f"remask {a.remask}, temperature {a.temperature:g}, latent {latent}, seed {a.seed}",
-          file=sys.stderr)
+    kind = data.Sudoku if name == "sudoku" else data.Synthetic
+    nfe, remask = a.nfe if a.nfe is not None else kind.nfe, a.remask or kind.remask
+    start, given, ds = start_from(a, model, ckpt["args"])
+    x = sample(model, start.to(a.device), nfe, remask, a.temperature, a.latent, a.batch_size,
+               torch.Generator().manual_seed(a.seed)).cpu()
+    latent = a.latent if model.latent_dim else "none"
+    print(f"# {name}, step {ckpt['step']}, nfe {nfe} per block, remask {remask}, "
+          f"temperature {a.temperature:g}, latent {latent}, seed {a.seed}", file=sys.stderr)
+    if ds is not None:
+        return show_boards(*ds.boards(x, given), a.out)
+    text = data.show(x, model.vocab_size)
     print(text)
     if a.out:
         Path(a.out).write_text(text + "\n")

@@ -30,8 +30,8 @@ from model import CHECKPOINT_VERSION, CONDITIONING, POOLING, VMD, Config, load_c
 
 # Appendix C.1. What the paper leaves open: heads, how t is kept from 0.
 PAPER = dict(
-    width=64, heads=4, layers=8, encoder_layers=2, latent_dim=32, conditioning="adaln",
-    pooling="mean", batch_size=10_000, steps=2000, optimizer="adam", lr=1e-3, schedule="constant",
+    width=64, heads=4, layers=8, encoder_layers=2, latent_dim=32, latent_hidden=4,
+    conditioning="adaln", pooling="mean", batch_size=10_000, steps=2000, optimizer="adam", lr=1e-3, schedule="constant",
     decay_from=0.0, warmup=0, weight_decay=0.0, clip=0.0, ema=0.0, t_min=1e-3, kl_weight=1.0,
     kl_schedule="none", kl_start=1e-3, kl_ramp=[0.05, 0.4])
 # Two CPU cores, minutes. A larger t_min spends the samples where z matters; a KL weight above 1
@@ -48,10 +48,16 @@ PRESETS["d2"]["cpu"]["steps"] = 4000
 PRESETS["pairs_strength"]["cpu"] |= dict(latent_dim=2, kl_weight=0.8)
 PRESETS["needle"]["cpu"] |= dict(
     batch_size=128, steps=2000, t_min=0.7, kl_start=1e-2, kl_weight=2.0)
+PRESETS["sudoku"] = {                                # C.2; 300 epochs of 1.8 million puzzles
+    "paper": PAPER | dict(
+        grid=9, layout="prefix", width=256, heads=8, layers=6, encoder_layers=4, latent_dim=128,
+        latent_hidden=1, conditioning="shared", pooling="gated", batch_size=1024, steps=527_344,
+        schedule="cosine"),
+    "cpu": CPU | dict(grid=6, layout="board")}
 FREE_ON_RESUME = {"resume", "out", "device", "compile", "log_every", "eval_every"}
-OPTIONAL = dict(preset=None, data_path=None, vocab_size=None, init_from=None)
+OPTIONAL = dict(preset=None, init_from=None) | {k: None for names in data.OPTIONS.values() for k in names}
 LATENT_PARTS = ("encoder.", "conditioner.")  # names of parameters that the baseline lacks
-EVAL_SEQUENCES = 2000
+EVAL_SEQUENCES, EVAL_SAMPLES = 2000, 2000           # for the loss, for samples
 
 
 def build_parser():
@@ -62,13 +68,29 @@ def build_parser():
     p.error = lambda message: p.exit(2, f"train.py: {message}; see --help\n")
     g = p.add_argument_group("data")
     g.add_argument("--dataset", choices=data.DATASETS, default="pairs", help="what to learn")
-    g.add_argument("--data-path", metavar="FILE", help="array: an (N, L) integer .npy file")
+    g.add_argument("--data-path", metavar="FILE",
+                   help="array: an (N, L) integer .npy file; sudoku: puzzles, one per line, text or "
+                   "CSV, or Shah et al.'s .npy")
     g.add_argument("--vocab-size", type=int,
                    help="array: V, if larger than the largest id plus one")
-    g.add_argument("--strength", type=float, default=1.0,
-                   help="pairs_strength: probability p of the successor, 0..1")
-    g.add_argument("--length", type=int, default=20,
-                   help="needle: sequence length L in tokens, at least 8")
+    g.add_argument("--strength", type=float,
+                   help="pairs_strength: probability p of the successor, 0..1; default: 1")
+    g.add_argument("--length", type=int,
+                   help="needle: sequence length L in tokens, at least 8; default: 20")
+    g.add_argument("--grid", type=int, choices=tuple(data.BOXES),
+                   help="sudoku: n of an n x n board; default: the preset's")
+    g.add_argument("--layout", choices=data.LAYOUTS,
+                   help="sudoku: the paper's puzzle + solution, or the board alone with its clues "
+                   "given; default: the preset's")
+    g.add_argument("--clues", type=int,
+                   help="sudoku: show this many random cells; default: the clues of a puzzle that "
+                   "has one solution")
+    g.add_argument("--source", choices=data.SOURCES,
+                   help="sudoku: generated here, or downloaded (Shah et al. 2024; sudoku-extreme); "
+                   "default: generated")
+    g.add_argument("--puzzles", type=int, help="sudoku: how many to generate; default: 100000")
+    g.add_argument("--data-dir", metavar="DIR",
+                   help="sudoku: folder of generated and downloaded data; default: .data")
     g = p.add_argument_group("model (default: the preset's)")
     g.add_argument("--preset", choices=("paper", "cpu"),
                    help="paper: Appendix C; cpu: two cores; default: paper with CUDA, else cpu")
@@ -79,6 +101,8 @@ def build_parser():
     g.add_argument("--layers", type=int, help="decoder layers")
     g.add_argument("--encoder-layers", type=int, help="encoder layers")
     g.add_argument("--latent-dim", type=int, help="Z per block; 0: the baseline without latents")
+    g.add_argument("--latent-hidden", type=int,
+                   help="width of the hidden layers of z's MLP, in units of D")
     g.add_argument("--conditioning", choices=CONDITIONING, help="how z enters the decoder")
     g.add_argument("--pooling", choices=POOLING, help="how the encoder summarises a block")
     g = p.add_argument_group("objective (default: the preset's)")
@@ -183,8 +207,11 @@ def check(a):
         raise ValueError("--objective-steps needs --objective nelbo")
     if a.freeze_decoder and not (a.init_from and a.latent_dim):
         raise ValueError("--freeze-decoder needs --init-from, and a --latent-dim above 0 to train")
-    if (a.data_path or a.vocab_size is not None) and a.dataset != "array":
-        raise ValueError(f"--data-path and --vocab-size are for --dataset array, not {a.dataset}")
+    for k in OPTIONAL:
+        owners = [d for d, names in data.OPTIONS.items() if k in names]
+        if owners and getattr(a, k) is not None and a.dataset not in owners:
+            raise ValueError(f"--{k.replace('_', '-')} is for --dataset {' or '.join(owners)}, not "
+                             f"{a.dataset}")
 
 
 def kl_weight_at(progress, a):
@@ -214,9 +241,9 @@ class Step(nn.Module):
         super().__init__()
         self.model, self.kind = model, kind
 
-    def forward(self, x0, noise, kl_weight):
+    def forward(self, x0, given, noise, kl_weight):
         """-> nats per token (to minimise), and detached loss, recon, kl in nats per sequence."""
-        terms = [v.mean() for v in objective(self.model, x0, noise, self.kind, kl_weight)]
+        terms = [v.mean() for v in objective(self.model, x0, noise, self.kind, kl_weight, given)]
         return terms[0] / x0.shape[1], torch.stack(terms).detach()
 
 
@@ -232,28 +259,33 @@ def save(path, state):
 
 @torch.no_grad()
 def evaluate(model, ds, a, samples=None):
-    """Test loss at the final KL weight, active latent units, one-step metrics where known.
+    """Test loss at the final KL weight, active latent units, scores of samples (sampled_...).
 
     Nats per sequence. Own seeds: training's random streams are not touched.
     """
     dev = next(model.parameters()).device
     g, gd = torch.Generator().manual_seed(1), torch.Generator(dev).manual_seed(1)
-    x0 = ds.test(EVAL_SEQUENCES, g).to(dev)
+    x0, given = on(dev, *ds.test(EVAL_SEQUENCES, g))
     noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, a.objective_steps or None,
                        a.t_min, gd, dev)
-    terms = objective(model, x0, noise, a.objective, a.kl_weight)
+    terms = objective(model, x0, noise, a.objective, a.kl_weight, given)
     loss, recon, kl = (v.mean().item() for v in terms)
-    out = dict(loss=loss, recon=recon, kl=kl, active=active_units(model, x0).tolist())
-    if ds.entropy is not None:
-        masks = torch.full((samples or EVAL_SEQUENCES, ds.seq_len), ds.vocab_size, device=dev)
-        x = sample(model, masks, 1, batch_size=2000, generator=g).cpu()
-        out |= {f"one_step_{k}": v for k, v in ds.metrics(x).items()}
-    return out
+    out = dict(loss=loss, recon=recon, kl=kl, active=active_units(model, x0, given=given).tolist())
+    x0, given = ds.test(samples or min(EVAL_SAMPLES, ds.score_num), g)
+    masked = torch.full_like(x0, ds.vocab_size)
+    start = masked if given is None else torch.where(given, x0, masked)
+    x = sample(model, start.to(dev), ds.nfe, ds.remask, batch_size=2000, generator=g).cpu()
+    return out | {f"sampled_{k}": v for k, v in ds.metrics(x, x0, given).items()}
+
+
+def on(device, *tensors):
+    """The tensors, or None, on a device."""
+    return [t if t is None else t.to(device, non_blocking=True) for t in tensors]
 
 
 def independent(ds, n=20_000):
     """The best that one step without a latent can do: metrics of the product of true marginals."""
-    x = ds.test(n, torch.Generator().manual_seed(2))
+    x, _ = ds.test(n, torch.Generator().manual_seed(2))
     g = torch.Generator().manual_seed(3)
     shuffled = [column[torch.randperm(n, generator=g)] for column in x.unbind(1)]
     return ds.metrics(torch.stack(shuffled, dim=1))
@@ -263,8 +295,8 @@ def announce(a, model, ds, log):
     """Prints what will be trained, with what, and about how long it takes."""
     counts = model.param_counts()
     K = ds.seq_len // model.block_size
-    log(f"dataset {ds.name}: L {ds.seq_len}, V {ds.vocab_size}, {K} block(s) of {model.block_size}"
-        + (f", entropy {ds.entropy:.4f} nats" if ds.entropy is not None else ""))
+    log(f"dataset {ds.name}: L {ds.seq_len}, V {ds.vocab_size}, {K} block(s) of {model.block_size}, "
+        + ds.about)
     log("parameters: " + ", ".join(f"{k} {v:,}" for k, v in counts.items()))
     preset = PRESETS[a.dataset][a.preset]
     log(f"preset {a.preset}: " + " ".join(f"{k}={getattr(a, k)}" for k in preset))
@@ -301,9 +333,10 @@ def update_average(ema, model, decay, step):
 def setup(a, ckpt):
     """Dataset, model, optimizer, EMA and random streams, new or as the checkpoint left them."""
     torch.manual_seed(a.seed)
-    ds = data.load(a.dataset, a.strength, a.length, a.data_path, a.vocab_size)
+    ds = data.load(a.dataset, **data.options(vars(a)))
     config = Config(ds.vocab_size, ds.seq_len, a.block_size or ds.seq_len, a.width, a.heads,
-                    a.layers, a.encoder_layers, a.latent_dim, a.conditioning, a.pooling)
+                    a.layers, a.encoder_layers, a.latent_dim, a.latent_hidden, a.conditioning,
+                    a.pooling, ds.prefix_len)
     model = VMD(config).to(a.device)
     if a.init_from and ckpt is None:
         source, _ = load_checkpoint(a.init_from, a.device)
@@ -361,7 +394,7 @@ def move_aside(out):
         print(f"moved the earlier run in {out} to {to}")
 
 
-def update(step_fn, opt, x0, noise, kl_weight, a, rank, world):
+def update(step_fn, opt, x0, given, noise, kl_weight, a, rank, world):
     """One optimiser step on this process's rows -> (loss, recon, kl) nats, gradient norm."""
     opt.zero_grad(set_to_none=True)
     parts, total = world * a.grad_accum, 0
@@ -372,8 +405,8 @@ def update(step_fn, opt, x0, noise, kl_weight, a, rank, world):
         with step_fn.no_sync() if wait else contextlib.nullcontext():
             with torch.autocast(torch.device(a.device).type, torch.bfloat16,
                                 enabled=a.dtype == "bfloat16"):
-                loss, terms = step_fn(x0[rows].to(a.device), noise[rows],
-                                      torch.tensor(kl_weight, device=a.device))
+                part = on(a.device, x0[rows], None if given is None else given[rows])
+                loss, terms = step_fn(*part, noise[rows], torch.tensor(kl_weight, device=a.device))
             (loss / a.grad_accum).backward()
         total = total + terms / a.grad_accum
     norm = nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]],
@@ -445,9 +478,9 @@ def train(a, ckpt, rank, world):
             best = min(best, load_checkpoint(out / "best.pt")[1]["best"])
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        announce(a, model, ds, log)
         if ckpt is None:
             move_aside(out)
-        announce(a, model, ds, log)
     judged, step_fn, start = ema or model, wrap(model, a, world), time.time()
 
     def state(step):
@@ -475,10 +508,10 @@ def train(a, ckpt, rank, world):
             for group in opt.param_groups:
                 group["lr"] = lr
             # every process draws the whole batch and keeps its rows
-            x0 = ds.batch(a.batch_size, streams["data"])
+            x0, given = ds.batch(a.batch_size, streams["data"])
             noise = draw_noise(*x0.shape, model.block_size, model.latent_dim,
                                a.objective_steps or None, a.t_min, streams["noise"], a.device)
-            terms, norm = update(step_fn, opt, x0, noise, kl_weight, a, rank, world)
+            terms, norm = update(step_fn, opt, x0, given, noise, kl_weight, a, rank, world)
             recorder.sums += terms
             bad |= ~norm.isfinite()
             if ema:
@@ -515,15 +548,18 @@ def train(a, ckpt, rank, world):
 
 
 def report(model, ds, a, seconds, log):
-    """The closing lines: one-step accuracy and KL beside what independent sampling gets."""
+    """The closing lines: scores of samples, for synthetic data beside what independent tokens get."""
     log(f"trained {a.steps} steps in {clock(seconds)}; checkpoint {Path(a.out) / 'last.pt'}")
-    if ds.entropy is None:
-        return
-    rows = [("this model" if model.latent_dim else "this baseline", evaluate(model, ds, a, 20_000))]
-    rows.append(("independent tokens", {f"one_step_{k}": v for k, v in independent(ds).items()}))
-    log(f"{'one step, 20,000 samples':26}{'accuracy':>10}{'KL (nats)':>12}")
-    for name, r in rows:
-        log(f"{name:26}{r['one_step_acc']:>10.2%}{r['one_step_kl']:>12.4f}")
+    n = ds.score_num
+    scores = {k.removeprefix("sampled_"): v for k, v in evaluate(model, ds, a, n).items()}
+    if ds.entropy is not None:
+        log(f"{f'one step, {n:,} samples':26}{'accuracy':>10}{'KL (nats)':>12}")
+        who = "this model" if model.latent_dim else "this baseline"
+        for name, r in ((who, scores), ("independent tokens", independent(ds))):
+            log(f"{name:26}{r['acc']:>10.2%}{r['kl']:>12.4f}")
+    elif "exact" in scores:
+        log(f"of {n:,} held-out puzzles, NFE {ds.nfe}, {ds.remask}: solved {scores['exact']:.2%}, "
+            f"valid {scores['valid']:.2%}, cells right {scores['cell']:.2%}")
 
 
 def main(argv=None):
