@@ -155,6 +155,7 @@ class Array:
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # rows and columns of a box of an n x n board
 LAYOUTS = ("prefix", "board")
 SOURCES = ("generated", "shah", "extreme")
+CHUNK = 512  # boards generated at a time
 GENERATOR_VERSION = 1  # part of the name of cached puzzles: raise it when the generator changes
 SHAH = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
 EXTREME = ("https://huggingface.co/datasets/sapientinc/sudoku-extreme/resolve/"
@@ -234,7 +235,7 @@ def random_grids(n, count, rng):
 
     -> candidate bits (n, n, count). Not exactly uniform over all boards.
     """
-    B, done, out = min(count, 1024), 0, []
+    B, done, out = min(count, 256), 0, []
     c = np.full((n, n, B), 2**n - 1, np.uint16)
     while done < count:
         broken, solved = propagate(c)
@@ -247,7 +248,8 @@ def random_grids(n, count, rng):
         for i in range(n - 1):                           # keep the candidate after `skip` others
             bits = np.where(skip > i, bits & (bits - 1), bits)
         flat[cell, b] = bits & (~bits + 1)
-    return np.concatenate(out, axis=2)[:, :, :count]
+    out = np.concatenate(out, axis=2)
+    return out[:, :, rng.permutation(out.shape[2])[:count]]  # not the quick ones first
 
 
 def dig(solution, rng):
@@ -283,11 +285,11 @@ def generate(n, count, seed=0):
     out, bar = [], tqdm(total=count, desc=f"generating {n}x{n} puzzles", unit="puzzle",
                         disable=None)
     with bar:
-        for i in range(0, count, 1024):                  # a larger count begins with the same ones
+        for i in range(0, count, CHUNK):                  # a larger count begins with the same ones
             rng = np.random.default_rng([GENERATOR_VERSION, seed, i])
-            grids = random_grids(n, 1024, rng)
+            grids = random_grids(n, CHUNK, rng)
             out.append(np.stack([dig(grids, rng), to_digits(grids)]))
-            bar.update(min(1024, count - i))
+            bar.update(min(CHUNK, count - i))
     return np.concatenate(out, axis=1)[:, :count]
 
 
@@ -475,12 +477,12 @@ def read_puzzles(path, n):
 
 def cached_puzzles(n, count, seed=0, data_dir=".data"):
     """`generate`, kept in data_dir under version, seed and count, with a checksum beside it."""
+    if not 1 <= count <= 10**8:
+        raise ValueError(f"the number of puzzles must lie in 1..10^8, not {count}")
     path = Path(data_dir) / f"sudoku{n}x{n}-v{GENERATOR_VERSION}-seed{seed}-{count}.npy"
     note = path.with_suffix(".sha256")
     if path.exists() and note.exists() and note.read_text().strip() == sha256_of(path):
         return np.load(path, allow_pickle=False)
-    if not 1 <= count <= 10**8:
-        raise ValueError(f"the number of puzzles must lie in 1..10^8, not {count}")
     both = generate(n, count, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
@@ -713,7 +715,7 @@ def fetch(url, part):
         with open(part, "ab" if resumed else "wb") as f, tqdm(
                 total=total, initial=have, unit="B", unit_scale=True, desc=part.stem,
                 disable=None) as bar:
-            for chunk in r.iter_content(1 << 20):
+            for chunk in r.iter_content(1 << 16):
                 f.write(chunk)
                 bar.update(len(chunk))
             got = f.tell()

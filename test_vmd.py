@@ -3,6 +3,8 @@
     python -m pytest -q test_vmd.py        # CPU, offline, a few minutes
 """
 
+import hashlib
+import http.server
 import itertools
 import json
 import math
@@ -13,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -634,7 +637,7 @@ def test_sampler_refuses_what_it_does_not_know():
                                            ("needle", 13 * LN10)])
 def test_synthetic_data_are_what_the_paper_says(name, entropy):
     ds = data.load(name)
-    x = ds.batch(4000, torch.Generator().manual_seed(0))
+    x, _ = ds.batch(4000, torch.Generator().manual_seed(0))
     assert x.shape == (4000, ds.seq_len) and x.min() == 0 and x.max() == 9
     assert_close(ds.entropy, entropy)
     assert ((x[:, 1] - x[:, 0]) % 10 == 1).all()
@@ -653,8 +656,8 @@ def test_synthetic_data_are_what_the_paper_says(name, entropy):
 def test_probabilities_and_kl_of_the_other_two_token_data():
     ds = data.load("pairs_nonuniform")
     assert_close(ds.true_joint()[9, 0].item(), 10 / 55)
-    assert_close(ds.joint(ds.batch(200_000, torch.Generator().manual_seed(0))), ds.true_joint(),
-                 atol=0.003, rtol=0)
+    x, _ = ds.batch(200_000, torch.Generator().manual_seed(0))
+    assert_close(ds.joint(x), ds.true_joint(), atol=0.003, rtol=0)
     for p in (0.1, 0.3, 1.0):
         joint = data.load("pairs_strength", strength=p).true_joint()
         assert_close(joint[3, 4].item(), p / 10), assert_close(joint[3, 5].item(), (1 - p) / 90)
@@ -678,7 +681,7 @@ def test_arrays_are_checked(tmp_path):
     both = torch.cat([ds.x_train, ds.x_test])
     # a split: every row once
     assert sorted(map(tuple, both.tolist())) == sorted(map(tuple, x.tolist()))
-    assert ds.batch(5).dtype == torch.int64 and data.load("array", data_path=tmp_path / "x.npy",
+    assert ds.batch(5)[0].dtype == torch.int64 and data.load("array", data_path=tmp_path / "x.npy",
                                                           vocab_size=9).vocab_size == 9
     np.save(tmp_path / "whole.npy", x)
     whole = (tmp_path / "whole.npy").read_bytes()
@@ -714,6 +717,422 @@ def test_sequences_are_parsed_as_they_are_shown():
             data.parse(text, 2, 10)
 
 
+# ---- Sudoku
+
+def brute_force(board, limit=2):
+    """Number of solutions, up to limit, by plain backtracking: a list of n n digits, 0 blank."""
+    if 0 not in board:
+        return 1
+    n = math.isqrt(len(board))
+    h, w = {4: (2, 2), 6: (2, 3)}[n]
+
+    def free(i):
+        r, c = divmod(i, n)
+        return set(range(1, n + 1)) - {board[j] for j in range(n * n) if j // n == r or j % n == c
+                                       or (j // n // h, j % n // w) == (r // h, c // w)}
+    at = min((i for i, v in enumerate(board) if not v), key=lambda i: len(free(i)))
+    found = 0
+    for d in free(at):
+        found += brute_force(board[:at] + [d] + board[at + 1:], limit - found)
+        if found >= limit:
+            break
+    return found
+
+
+@pytest.fixture(scope="session")
+def puzzles9():
+    return data.generate(9, 200)
+
+
+@pytest.mark.parametrize("n, clues", [(4, 4.3), (6, 10.1)])
+def test_generated_puzzles_have_one_solution_by_brute_force(n, clues):
+    puzzles, solutions = data.generate(n, 60)
+    assert ((puzzles == 0) | (puzzles == solutions)).all()
+    assert [brute_force(p) for p in puzzles.tolist()] == [1] * 60
+    assert [brute_force(s) for s in solutions.tolist()] == [1] * 60
+    assert abs((puzzles > 0).sum(1).mean() - clues) < 0.5
+    assert len(np.unique(data.canonical(solutions), axis=0)) > (8 if n == 4 else 50)
+    again = data.generate(n, 30)
+    assert (again == np.stack([puzzles, solutions])[:, :30]).all()       # more begin with the same
+
+
+def test_9x9_puzzles_have_one_solution_says_qqwing(puzzles9):
+    if not shutil.which("qqwing"):
+        pytest.skip("qqwing, an independent solver, is not installed (Debian package qqwing)")
+    text = "".join("".join(map(str, p)) + "\n" for p in puzzles9[0].tolist())
+    out = subprocess.run(["qqwing", "--solve", "--csv", "--count-solutions"], input=text, text=True,
+                         capture_output=True, check=True, timeout=60).stdout.splitlines()[1:]
+    rows = [line.split(",")[:2] for line in out if line.strip(" ,")]
+    assert [r[0] for r in rows] == ["".join(map(str, s)) for s in puzzles9[1].tolist()]
+    assert {r[1] for r in rows} == {"1"}
+
+
+def test_9x9_puzzles_are_of_the_stated_kind(puzzles9):
+    puzzles, solutions = puzzles9
+    assert not data.violations(solutions).any() and abs((puzzles > 0).sum(1).mean() - 24.6) < 0.5
+    assert data.propagate(data.to_bits(puzzles))[1].all()                # singles alone solve them
+    # minimal for singles: one clue fewer, and they are stuck
+    fewer = puzzles[:20].copy()
+    fewer[np.arange(20), (fewer > 0).argmax(1)] = 0
+    assert not data.propagate(data.to_bits(fewer))[1].any()
+
+
+@pytest.mark.parametrize("n", [4, 6])
+def test_solver_counts_solutions_as_brute_force_does(n):
+    puzzles, solutions = data.generate(n, 40)
+    rng = np.random.default_rng(0)
+    puzzles[rng.random(puzzles.shape) < 0.2] = 0                          # some become ambiguous
+    puzzles[:3, :2] = 1                                                   # some impossible
+    found, count = data.solve(puzzles)
+    assert count.tolist() == [0] * 3 + [brute_force(p) for p in puzzles.tolist()[3:]]
+    assert set(count.tolist()) == {0, 1, 2}
+    for p, s, c in zip(puzzles, found, count):
+        assert not c or not data.violations(s[None]).any() and ((p == 0) | (p == s)).all()
+    _, count = data.solve(np.zeros((1, 16), np.uint8), limit=1000)
+    assert count == 288                                                   # all 4x4 boards
+
+
+@pytest.mark.parametrize("n", [4, 6, 9])
+def test_violations_are_those_of_the_rules(n):
+    rng, (h, w) = np.random.default_rng(0), data.BOXES[n]
+    boards = data.generate(n, 8)[1]
+    boards[rng.random(boards.shape) < 0.05] = rng.integers(0, n + 2)
+    boards[0] = data.generate(n, 1)[1]
+    want = np.zeros_like(boards, dtype=bool)
+    for b, i, j in itertools.product(range(8), range(n * n), range(n * n)):
+        (r, c), (r2, c2) = divmod(i, n), divmod(j, n)
+        seen = r == r2 or c == c2 or (r // h, c // w) == (r2 // h, c2 // w)
+        want[b, i] |= i != j and seen and boards[b, i] == boards[b, j]
+    want |= (boards == 0) | (boards > n)
+    assert (data.violations(boards) == want).all() and not want[0].any() and want.any()
+
+
+def relabelled(board):
+    label = {}
+    return tuple(label.setdefault(int(d), len(label)) for d in board)
+
+
+@pytest.mark.parametrize("n", [4, 6, 9])
+def test_test_boards_are_no_training_boards_under_another_labelling(n, tmp_path):
+    ds = data.load("sudoku", grid=n, layout="board", puzzles=2000 if n < 9 else 300,
+                   data_dir=tmp_path)
+    train_set, test_set = ds.sets
+    test_boards = {relabelled(s) for s in test_set[1].tolist()}
+    assert test_boards and train_set.shape[1] + test_set.shape[1] == (2000 if n < 9 else 300)
+    assert not test_boards & {relabelled(s) for s in train_set[1].tolist()}
+    x, _ = ds.batch(2000, torch.Generator().manual_seed(0))                # nor after augmentation
+    assert not test_boards & {relabelled(s) for s in x.tolist()}
+    if n < 9:
+        assert len({relabelled(s) for s in x.tolist()}) <= len({relabelled(s) for s in
+                                                                train_set[1].tolist()})
+
+
+def test_augmented_puzzles_are_puzzles_and_all_symmetries_occur(tmp_path):
+    ds = data.load("sudoku", grid=9, layout="board", puzzles=150, data_dir=tmp_path)
+    one = ds.sets[0][:, :1].long().expand(2, 4000, 81)
+    puzzle, solution = ds.augment(one, torch.Generator().manual_seed(0))
+    assert not data.violations(solution.numpy()).any()
+    assert ((puzzle == 0) | (puzzle == solution)).all()
+    assert ((puzzle > 0).sum(1) == (one[0] > 0).sum(1)).all()
+    assert (data.solve(puzzle[:50].numpy().astype(np.uint8))[1] == 1).all()
+    assert len(torch.unique(solution, dim=0)) == 4000
+    # the top left digit comes from every cell about equally often, and is every digit
+    marked = torch.zeros_like(one)
+    marked[:, :, 0] = 1
+    where = (ds.augment(marked, torch.Generator().manual_seed(1))[0] > 0).float().argmax(1)
+    counts = torch.bincount(where, minlength=81)
+    assert counts.min() > 20 and counts.max() < 90                         # 49 expected
+    assert torch.bincount(solution[:, 0], minlength=10)[1:].min() > 300
+
+
+def test_layouts_and_what_may_be_masked(tmp_path):
+    kw = dict(grid=4, puzzles=300, data_dir=tmp_path)
+    board, prefix = (data.load("sudoku", layout=k, **kw) for k in data.LAYOUTS[::-1])
+    x0, given = prefix.test(5, torch.Generator().manual_seed(0))
+    assert (prefix.seq_len, prefix.vocab_size, prefix.prefix_len) == (34, 7, 17)
+    assert data.load("sudoku", **kw | {"grid": 9, "puzzles": 50}).seq_len == 164     # C.2
+    assert (x0[:, 16] == 5).all() and (x0[:, 33] == 6).all()               # SEP, EOS
+    assert given.tolist() == [[True] * 17 + [False] * 16 + [True]] * 5
+    puzzle, solution = x0[:, :16], x0[:, 17:33]
+    assert not data.violations(solution.numpy()).any()
+    assert [a.tolist() for a in prefix.boards(x0, given)] == [puzzle.tolist(), solution.tolist()]
+    xb, gb = board.test(5, torch.Generator().manual_seed(0))
+    assert (xb == solution).all() and (gb == (puzzle > 0)).all()
+    noise = draw_noise(5, 34, 34, 0, generator=torch.Generator().manual_seed(0))
+    noise.t[:] = 1.0
+
+    class Spy:
+        vocab_size, latent_dim = 7, 0
+
+        def decode(self, xt, x0, z):
+            self.xt = xt
+            return torch.zeros(*xt.shape, 7)
+    spy = Spy()
+    objective(spy, x0, noise, given=given)
+    assert (spy.xt[given] == x0[given]).all() and (spy.xt[~given] == 7).all()
+
+
+def test_clues_shows_that_many_random_cells(tmp_path):
+    for layout in data.LAYOUTS:
+        ds = data.load("sudoku", grid=4, layout=layout, clues=3, puzzles=200, data_dir=tmp_path)
+        x0, given = ds.batch(3000, torch.Generator().manual_seed(0))
+        puzzle, solution = ds.boards(x0, given)
+        assert ((puzzle > 0).sum(1) == 3).all() and ((puzzle == 0) | (puzzle == solution)).all()
+        assert abs((puzzle > 0).double().mean(0) - 3 / 16).max() < 0.03
+    with pytest.raises(ValueError, match="0..15"):
+        data.load("sudoku", grid=4, clues=16)
+
+
+def test_puzzle_scores_by_hand(tmp_path):
+    ds = data.load("sudoku", grid=4, layout="board", puzzles=200, data_dir=tmp_path)
+    s = torch.tensor([[1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1]]).repeat(4, 1)
+    other = torch.tensor([2, 1, 3, 4, 3, 4, 1, 2, 1, 2, 4, 3, 4, 3, 2, 1])  # valid, not the solution
+    given = torch.zeros(4, 16, dtype=torch.bool)
+    given[:, 4:8] = True
+    x = s.clone()
+    x[1] = other                                # 4 of 12 cells differ
+    x[2, 0] = 2                                 # breaks a rule
+    x[3, 15] = 5                                # the mask: nothing was written
+    got = ds.metrics(x, s, given)
+    assert_close(got["exact"], 0.25), assert_close(got["valid"], 0.5)
+    assert_close(got["cell"], (12 + 8 + 11 + 11) / 48)
+    assert_close(got["exact_se"], math.sqrt(0.25 * 0.75 / 4))
+    # the prefix layout can overwrite a clue: still a legal board, but not valid
+    ds = data.load("sudoku", grid=4, layout="prefix", puzzles=200, data_dir=tmp_path)
+    puzzle = torch.where(torch.arange(16) < 1, s[:1], 0)                   # one clue, the first cell
+    x0, given = ds.tokens(puzzle, s[:1])
+    x, _ = ds.tokens(puzzle, other[None])
+    got = ds.metrics(x, x0, given)
+    assert got["exact"] == got["valid"] == 0 and abs(got["cell"] - 12 / 15) < 1e-6
+    assert ds.metrics(x0, x0, given)["valid"] == 1
+
+
+@pytest.mark.parametrize("layout", data.LAYOUTS)
+def test_the_sampler_never_changes_a_clue(layout, tmp_path):
+    ds = data.load("sudoku", grid=4, layout=layout, puzzles=200, data_dir=tmp_path)
+    m = tiny(ds.seq_len, ds.seq_len, V=ds.vocab_size, prefix_len=ds.prefix_len, pooling="gated")
+    x0, given = ds.test(20, torch.Generator().manual_seed(0))
+    for latent, remask in itertools.product(diffusion.LATENT, diffusion.REMASK):
+        x = diffusion.sample(m, torch.where(given, x0, ds.vocab_size), 3, remask, 1.0, latent)
+        assert (x[given] == x0[given]).all() and (x < ds.vocab_size).all()
+        puzzle, want = ds.boards(x, given)[0], ds.boards(x0, given)[0]
+        assert (puzzle == want).all()
+
+
+def test_generated_puzzles_are_cached_with_a_checksum(tmp_path, monkeypatch):
+    first = data.cached_puzzles(4, 100, 0, tmp_path)
+    file = next(tmp_path.glob("*.npy"))
+    with monkeypatch.context() as m:
+        m.setattr(data, "generate", None)
+        assert (data.cached_puzzles(4, 100, 0, tmp_path) == first).all()
+    whole = file.read_bytes()
+    for damaged in (whole[:-5], whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(damaged)
+        assert (data.cached_puzzles(4, 100, 0, tmp_path) == first).all()
+        assert file.read_bytes() == whole
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".npy", ".sha256"]
+    assert (data.cached_puzzles(4, 100, 1, tmp_path) != first).any()
+    with pytest.raises(ValueError):
+        data.cached_puzzles(4, 0, 0, tmp_path)
+
+
+def text_of(board):
+    return "".join(map(str, board.tolist()))
+
+
+def test_files_of_puzzles_are_read_in_every_form(tmp_path, puzzles9):
+    p, s = puzzles9[:, :4]
+    ps, ss = [text_of(x) for x in p], [text_of(x) for x in s]
+    forms = {
+        "plain.txt": ps, "dots.txt": [x.replace("0", ".") for x in ps],
+        "both.csv": [f"{a},{b}" for a, b in zip(ps, ss)],
+        "kaggle.csv": ["id,puzzle,solution,clues,difficulty"]
+        + [f'{i},{a.replace("0", ".")},{b},24,1.2' for i, (a, b) in enumerate(zip(ps, ss))],
+        "extreme.csv": ["source,question,answer,rating"]
+        + [f'x,{a.replace("0", ".")},"{b}",7' for a, b in zip(ps, ss)] + [""]}
+    for name, lines in forms.items():
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        assert (data.read_puzzles(tmp_path / name, 9) == np.stack([p, s])).all(), name
+    ds = data.load("sudoku", grid=9, data_path=tmp_path / "big.csv")
+    (tmp_path / "big.csv").write_text("\n".join(f"{text_of(a)},{text_of(b)}" for a, b in
+                                                zip(*puzzles9)))
+    assert sum(x.shape[1] for x in ds.sets) == 200 and ds.sets[1].shape[1] == data.held_out(
+        puzzles9[1]).sum()
+
+
+def test_broken_rows_of_puzzles_are_named(tmp_path, puzzles9):
+    p, s = (text_of(x[0]) for x in puzzles9)
+    swapped = s[1] + s[0] + s[2:]
+    other = text_of(puzzles9[1][1])
+    for line, why in ((p[:-1], "80"), (p[:-1] + "x", "'x'"), (f"{p},{swapped}", "rules"),
+                      (f"{p},{other}", "clue"), ("." * 81, "several"),
+                      (swapped.replace("9", ".") + ",", "no solution"), (p + "," + p, "rules")):
+        (tmp_path / "x.csv").write_text(f"puzzle,solution\n{p},{s}\n\n{line}\n{p},{s}\n")
+        with pytest.raises(ValueError, match="line 4.*" + why):
+            data.read_puzzles(tmp_path / "x.csv", 9)
+    (tmp_path / "x.csv").write_text("puzzle,solution\n")
+    with pytest.raises(ValueError, match="no puzzle"):
+        data.read_puzzles(tmp_path / "x.csv", 9)
+    with pytest.raises(FileNotFoundError):
+        data.read_puzzles(tmp_path / "none.csv", 9)
+
+
+def shah(puzzles, solutions):
+    """The rows that Shah et al. would store: givens first, then blanks in some order."""
+    rows = []
+    for p, s in zip(puzzles, solutions):
+        cells = np.concatenate([np.flatnonzero(p), np.flatnonzero(p == 0)[::-1]])
+        strategy = np.where(p[cells] > 0, 0, 2)
+        rows.append(np.concatenate([[(p > 0).sum()], np.stack(
+            [cells // 9, cells % 9, s[cells], strategy], 1).ravel()]))
+    return np.array(rows, dtype=np.int32)
+
+
+def test_shah_arrays_are_read_and_broken_rows_named(tmp_path, puzzles9):
+    raw, path = shah(*puzzles9), tmp_path / "x.npy"
+    np.save(path, raw)
+    assert (data.read_puzzles(path, 9) == puzzles9).all()
+    for column, value in ((0, 0), (0, 40), (1, 9), (2, -1), (3, 0), (3, 10), (4, 3), (321, 4)):
+        bad = raw.copy()
+        bad[7, column] = value
+        np.save(path, bad)
+        with pytest.raises(ValueError, match="row 7"):
+            data.read_puzzles(path, 9)
+    bad = raw.copy()
+    bad[7, 3] = bad[7, 3] % 9 + 1                          # another digit in a given cell
+    np.save(path, bad)
+    with pytest.raises(ValueError, match="row 7.*rules"):
+        data.read_puzzles(path, 9)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="no plain .npy"):
+        data.read_puzzles(path, 9)
+    for value in (np.array([[{}]]), np.zeros((3, 324), int), np.zeros((3, 325))):
+        np.save(path, value)
+        with pytest.raises(ValueError):
+            data.read_puzzles(path, 9)
+
+
+def test_paper_configuration_of_sudoku(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "EVAL_SEQUENCES", 3)
+    monkeypatch.setattr(data.Sudoku, "score_num", 2)
+    a = train.settle(["--dataset", "sudoku", "--preset", "paper"])[0]
+    assert (a.grid, a.layout, a.batch_size, a.lr, a.schedule) == (9, "prefix", 1024, 1e-3, "cosine")
+    assert abs(a.steps * a.batch_size / 300 - 1.8e6) < 2000
+    m = VMD(Config(12, 164, 164, a.width, a.heads, a.layers, a.encoder_layers, a.latent_dim,
+                   a.latent_hidden, a.conditioning, a.pooling, prefix_len=82))
+    n = m.param_counts()
+    assert abs((n["decoder"] + n["latent pathway"]) / 5.2e6 - 1) < 0.03
+    assert train.main(["--dataset", "sudoku", "--preset", "paper", "--steps", "1", "--batch-size",
+                       "2", "--puzzles", "60", "--data-dir", str(tmp_path / "d"), "--out",
+                       str(tmp_path / "o"), "--log-every", "1"]) == 0
+    model, ckpt = load_checkpoint(tmp_path / "o" / "last.pt")
+    assert (model.config.prefix_len, model.config.seq_len) == (82, 164) and ckpt["step"] == 1
+
+
+def test_boards_are_drawn_by_hand():
+    s = np.array([1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1])
+    p, x = np.where(np.arange(16) % 5 == 0, s, 0), s.copy()
+    assert data.draw_boards(p, x) == "\n".join([
+        "1 _ | _ _    1'2 | 3 4 ", "_ 4 | _ _    3 4'| 1 2 ", "----+-----   ----+-----",
+        "_ _ | 4 _    2 1 | 4'3 ", "_ _ | _ 1    4 3 | 2 1'", "solved: yes"])
+    x[1], x[15] = 1, 0                                     # a repeated digit, a lost clue
+    drawn = data.draw_boards(p, x).splitlines()
+    assert drawn[0] == "1 _ | _ _    1!1!| 3 4 " and drawn[-1] == "solved: no"
+    assert drawn[3].endswith("2 1!| 4'3 ") and drawn[4].endswith("4 3 | 2 _!")
+    assert "\033[31m" in data.draw_boards(p, x, color=True)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `body` in the way that `mode` says, and notes the Range headers it was sent."""
+
+    body, mode, seen = bytes(range(256)) * 1000, "range", []
+
+    def do_GET(self):
+        wanted, body, cls = self.headers.get("Range"), self.body, type(self)
+        cls.seen.append(wanted)
+        start = int(wanted[6:-1]) if wanted and self.mode != "no range" else 0
+        if self.mode == "html":
+            return self.reply(200, b"<html>quota</html>", {"Content-Type": "text/html"})
+        if self.mode in ("404", "503"):
+            return self.reply(int(self.mode), b"")
+        if wanted and start >= len(body):
+            return self.reply(416, b"", {"Content-Range": f"bytes */{len(body)}"})
+        headers = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
+        cut = 100_000 if self.mode == "cut" else None
+        cls.mode = "range" if self.mode == "cut" else self.mode
+        self.reply(206 if start else 200, body[start:], headers, cut)
+
+    def reply(self, code, body, headers={}, cut=None):
+        self.send_response(code)
+        for k, v in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(k, v)
+        self.end_headers()
+        self.wfile.write(body[:cut])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    handler = type("Handler", (Server,), dict(seen=[]))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        monkeypatch.setattr(data.time, "sleep", lambda s: None)
+        handler.url = f"http://127.0.0.1:{httpd.server_port}/x.npy"
+        yield handler
+        httpd.shutdown()
+
+
+def test_downloads_resume_and_are_checked(server, tmp_path):
+    good, file = hashlib.sha256(Server.body).hexdigest(), tmp_path / "d" / "x.npy"
+    part = tmp_path / "d" / "x.npy.part"
+    # plain; then from the cache
+    assert data.download(server.url, file, good).read_bytes() == Server.body
+    assert data.download(server.url, file, good) == file and server.seen == [None]
+    # cut in the middle: goes on with Range; a server without Range starts anew; 416 on a whole part
+    for mode, have, ranges in (("cut", None, [None, "bytes=65536-"]), ("range", 100, ["bytes=100-"]),
+                               ("no range", 100, ["bytes=100-"]), ("range", 256000, ["bytes=256000-"]),
+                               ("range", 300000, ["bytes=300000-", None])):
+        file.unlink()
+        server.mode, server.seen[:] = mode, []
+        if have:
+            part.write_bytes((Server.body * 2)[:have])
+        assert data.download(server.url, file, good).read_bytes() == Server.body, mode
+        assert server.seen == ranges and not part.exists()
+    # a sha256 that is not known in advance is kept
+    file.unlink()
+    data.download(server.url, file)
+    assert (tmp_path / "d" / "x.npy.sha256").read_text().strip() == good
+
+
+def test_bad_downloads_leave_nothing_under_the_final_name(server, tmp_path):
+    file = tmp_path / "x.npy"
+    with pytest.raises(ValueError, match="sha256"):
+        data.download(server.url, file, "0" * 64)
+    assert not any(tmp_path.iterdir())
+    for mode, error, tries in (("html", ValueError, 1), ("404", OSError, 1), ("503", OSError, 4)):
+        server.mode, server.seen[:] = mode, []
+        with pytest.raises(error) as e:
+            data.download(server.url, file)
+        assert "\n" not in str(e.value) and not file.exists() and len(server.seen) == tries, mode
+    with pytest.raises(OSError, match="cannot download"):
+        data.download("http://127.0.0.1:9/x", file)         # nobody listens there
+
+
+def test_named_sources_are_downloaded_and_split_as_published(server, tmp_path, monkeypatch, puzzles9):
+    rows = "\n".join(f"a,{text_of(p)},{text_of(s)},1" for p, s in zip(*puzzles9))
+    server.body = ("source,question,answer,rating\n" + rows).encode()
+    digest = hashlib.sha256(server.body).hexdigest()
+    monkeypatch.setitem(data.DOWNLOADS, "extreme", ((server.url, "a.csv", digest),
+                                                    (server.url, "b.csv", digest)))
+    ds = data.load("sudoku", source="extreme", data_dir=tmp_path)
+    assert [x.shape for x in ds.sets] == [(2, 200, 81)] * 2
+    with pytest.raises(ValueError, match="9x9"):
+        data.load("sudoku", source="shah", grid=6)
+
+
 # ---- training
 
 FAST = ["--steps", "6", "--batch-size", "8", "--layers", "2", "--encoder-layers", "1", "--width",
@@ -724,6 +1143,7 @@ FAST = ["--steps", "6", "--batch-size", "8", "--layers", "2", "--encoder-layers"
 @pytest.fixture(autouse=True)
 def quick_evaluation(monkeypatch):
     monkeypatch.setattr(train, "EVAL_SEQUENCES", 50)
+    monkeypatch.setattr(data.Sudoku, "score_num", 10)
 
 
 def weights(folder, name="last.pt"):
@@ -874,7 +1294,7 @@ def test_the_latent_learns_pairs_and_the_baseline_cannot(tmp_path):
 def test_best_is_not_overwritten_by_worse(tmp_path, monkeypatch):
     losses = iter([2.0, 1.0, 3.0])
     monkeypatch.setattr(train, "evaluate", lambda *a, **k: dict(loss=next(losses, 9.0), active=[1],
-                                                                one_step_acc=0.0, one_step_kl=0.0))
+                                                                sampled_acc=0.0, sampled_kl=0.0))
     assert train.main(FAST + ["--eval-every", "2", "--out", str(tmp_path)]) == 0
     assert weights(tmp_path, "best.pt")["step"] == 4 and weights(tmp_path, "best.pt")["best"] == 1.0
     assert weights(tmp_path)["step"] == 6

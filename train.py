@@ -53,11 +53,13 @@ PRESETS["sudoku"] = {                                # C.2; 300 epochs of 1.8 mi
         grid=9, layout="prefix", width=256, heads=8, layers=6, encoder_layers=4, latent_dim=128,
         latent_hidden=1, conditioning="shared", pooling="gated", batch_size=1024, steps=527_344,
         schedule="cosine"),
-    "cpu": CPU | dict(grid=6, layout="board")}
+    "cpu": CPU | dict(
+        grid=6, layout="board", width=96, heads=8, layers=4, batch_size=128, steps=5000,
+        kl_weight=1.0, kl_ramp=[0.02, 0.25])}
 FREE_ON_RESUME = {"resume", "out", "device", "compile", "log_every", "eval_every"}
 OPTIONAL = dict(preset=None, init_from=None) | {k: None for names in data.OPTIONS.values() for k in names}
 LATENT_PARTS = ("encoder.", "conditioner.")  # names of parameters that the baseline lacks
-EVAL_SEQUENCES, EVAL_SAMPLES = 2000, 2000           # for the loss, for samples
+EVAL_SEQUENCES = 2000
 
 
 def build_parser():
@@ -266,15 +268,18 @@ def evaluate(model, ds, a, samples=None):
     dev = next(model.parameters()).device
     g, gd = torch.Generator().manual_seed(1), torch.Generator(dev).manual_seed(1)
     x0, given = on(dev, *ds.test(EVAL_SEQUENCES, g))
+    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
     noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, a.objective_steps or None,
                        a.t_min, gd, dev)
-    terms = objective(model, x0, noise, a.objective, a.kl_weight, given)
-    loss, recon, kl = (v.mean().item() for v in terms)
+    terms = [objective(model, x0[rows], noise[rows], a.objective, a.kl_weight, given[rows])
+             for rows in torch.arange(len(x0), device=dev).split(a.batch_size)]
+    loss, recon, kl = (torch.cat(v).mean().item() for v in zip(*terms))
     out = dict(loss=loss, recon=recon, kl=kl, active=active_units(model, x0, given=given).tolist())
-    x0, given = ds.test(samples or min(EVAL_SAMPLES, ds.score_num), g)
+    x0, given = ds.test(samples or min(EVAL_SEQUENCES, ds.score_num), g)
     masked = torch.full_like(x0, ds.vocab_size)
     start = masked if given is None else torch.where(given, x0, masked)
-    x = sample(model, start.to(dev), ds.nfe, ds.remask, batch_size=2000, generator=g).cpu()
+    x = sample(model, start.to(dev), ds.nfe, ds.remask, batch_size=a.batch_size,
+               generator=g).cpu()
     return out | {f"sampled_{k}": v for k, v in ds.metrics(x, x0, given).items()}
 
 
