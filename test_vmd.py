@@ -1234,10 +1234,9 @@ def test_a_non_finite_gradient_stops_and_keeps_the_last_good_checkpoint(tmp_path
                                                                         monkeypatch):
     plain = train.objective
 
-    def poisoned(model, x0, noise, kind, kl_weight):
+    def poisoned(*args):
         poisoned.calls += 1
-        return [v * (math.nan if poisoned.calls == 5 else 1) for v in plain(model, x0, noise, kind,
-                                                                            kl_weight)]
+        return [v * (math.nan if poisoned.calls == 5 else 1) for v in plain(*args)]
     poisoned.calls = 0
     monkeypatch.setattr(train, "objective", poisoned)
     monkeypatch.setattr(train, "evaluate", lambda *a, **k: dict(loss=1.0, active=[1]))
@@ -1315,6 +1314,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user")
     np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 5, (40, 6)))
     run_script(folder, "train.py", *FAST)
+    run_script(folder, "train.py", *FAST, "--dataset", "sudoku", "--grid", "4", "--puzzles", "300",
+               "--out", "sud")
     return folder
 
 
@@ -1360,6 +1361,44 @@ def test_infilling_keeps_what_is_given(trained, monkeypatch, capsys):
     assert capsys.readouterr().out == first
 
 
+def test_sudoku_is_solved_drawn_and_scored(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    ckpt = ["--ckpt", "sud/last.pt"]
+    assert sampling.main(ckpt + ["--num", "3", "--out", "s.csv"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("solved: ") == 3 and " of 3 solved" in out
+    rows = [line.split(",") for line in (trained / "s.csv").read_text().splitlines()]
+    assert len(rows) == 3 and all(len(b) == 16 for row in rows for b in row)
+    for puzzle, answer in rows:
+        assert all(p in ("0", a) for p, a in zip(puzzle, answer)) and "0" not in answer
+    # puzzles of one's own, as a string and as a file; an answer given as puzzle stays as it is
+    assert sampling.main(ckpt + ["--puzzle", "1234" + "." * 12, "--num", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("1 2 | 3 4    1'2'| 3'4'") == 2 or out.count("1 2 | 3 4    1") == 2
+    full = "1234341221434321"
+    (trained / "p.txt").write_text(full + "\n" + "0" * 16 + "\n")
+    assert sampling.main(ckpt + ["--puzzle", "p.txt", "--clues", "2"]) == 2
+    assert sampling.main(ckpt + ["--puzzle", full]) == 0
+    assert "1 of 1 solved" in capsys.readouterr().out
+    assert sampling.main(ckpt + ["--puzzle", "p.txt"]) == 0
+    assert capsys.readouterr().out.count("solved: ") == 2
+    assert sampling.main(ckpt + ["--clues", "0", "--num", "1"]) == 0
+    assert "_ _ | _ _    " in capsys.readouterr().out
+    # all puzzles of a file, scored
+    assert evaluation.main(ckpt + ["--num", "20", "--bound-num", "10", "--json", "e.json"]) == 0
+    r = json.loads((trained / "e.json").read_text())
+    assert len(r["rows"]) == 18 and {"exact", "exact_se", "valid", "cell"} <= r["rows"][0].keys()
+    (trained / "p.txt").write_text(full.replace("4", ".") + "," + full + "\n")
+    assert evaluation.main(ckpt + ["--num", "2", "--bound-steps", "--data-path", "p.txt", "--nfe",
+                                   "2", "--remask", "margin", "--latent", "fixed"]) == 0
+    status = evaluation.main(ckpt + ["--num", "2", "--bound-steps", "--plot", "curve.png"])
+    try:
+        import matplotlib  # noqa: F401
+        assert status == 0 and (trained / "curve.png").read_bytes().startswith(b"\x89PNG")
+    except ImportError:
+        assert status == 2 and "pip install matplotlib" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags", [
     "--dataset pairs_nonuniform --conditioning shared",
     "--dataset pairs_strength --strength 0.3",
@@ -1369,6 +1408,8 @@ def test_infilling_keeps_what_is_given(trained, monkeypatch, capsys):
     "--dataset array --data-path tokens.npy",
     "--objective nelbo --objective-steps 2",
     "--preset paper",
+    "--dataset sudoku --grid 4 --layout prefix --pooling gated --puzzles 300",
+    "--dataset sudoku --puzzles 300 --clues 20 --latent-dim 0",
     "--dtype bfloat16 --optimizer adamw --ema 0.9"])
 def test_every_dataset_and_choice_trains_samples_and_evaluates(trained, monkeypatch, capsys, flags):
     monkeypatch.chdir(trained)
@@ -1432,6 +1473,18 @@ train --init-from out/last.pt --heads 4
 train --device meta
 train --grad-accum 3 --batch-size 8
 train --device tpu9
+train --strength 0.5
+train --grid 4
+train --dataset d1 --puzzles 5
+train --dataset sudoku --grid 5
+train --dataset sudoku --clues 36
+train --dataset sudoku --puzzles 0
+train --dataset sudoku --puzzles 1 --grid 4
+train --dataset sudoku --source shah --data-path x.csv
+train --dataset sudoku --source extreme --grid 6
+train --dataset sudoku --data-path none.csv
+train --dataset sudoku --data-path tokens.npy
+train --dataset sudoku --grid 9 --data-path tokens.npy
 train --warmup -1
 train --clip inf
 train --no-such-flag
@@ -1449,6 +1502,22 @@ sample --batch-size 0
 sample --out no/such/folder/x
 sample --temperature nan
 sample --device tpu9
+sample --puzzle 1...............
+sample --clues 3
+sample --ckpt sud/last.pt --infill '1 _'
+sample --ckpt sud/last.pt --clues 16
+sample --ckpt sud/last.pt --clues 3 --puzzle 1...............
+sample --ckpt sud/last.pt --puzzle 1..
+sample --ckpt sud/last.pt --puzzle ''
+sample --ckpt sud/last.pt --puzzle 5...............
+sample --ckpt sud/last.pt --puzzle x...............
+sample --ckpt sud/last.pt --puzzle 11..............
+sample --ckpt sud/last.pt --puzzle 123...4.........
+sample --ckpt sud/last.pt --puzzle tokens.npy
+eval --clues 3
+eval --ckpt sud/last.pt --clues 16
+eval --ckpt sud/last.pt --data-path none.txt
+eval --ckpt sud/last.pt --data-path tokens.npy
 eval --ckpt none.pt
 eval --num 0
 eval --bound-num 1
