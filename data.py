@@ -359,16 +359,18 @@ def check_puzzles(puzzles, solutions, where):
 
     where: row index -> its name.
     """
+    changed = ((puzzles != 0) & (puzzles != solutions)).any(1)
     for bad, why in ((violations(solutions).any(1), "its solution breaks the rules"),
-                     (((puzzles != 0) & (puzzles != solutions)).any(1), "its solution changes a clue")):
+                     (changed, "its solution changes a clue")):
         if bad.any():
             raise ValueError(f"{where(bad.argmax())}: {why}")
 
 
 def read_shah(path):
-    """Puzzles of Shah et al. 2024, .npy (N, 325): givens k, then 81 x (row, column, value, strategy).
+    """Puzzles of Shah et al. 2024, .npy (N, 325): k, then 81 x (row, column, value, strategy).
 
-    -> (2, N, 81) uint8: puzzles, solutions. Raises ValueError naming the first broken row, from 0.
+    The k givens come first. -> (2, N, 81) uint8: puzzles, solutions. Raises ValueError naming the
+    first broken row, counting from 0.
     """
     try:
         raw = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -495,14 +497,16 @@ def cached_puzzles(n, count, seed=0, data_dir=".data"):
 
 
 class Sudoku:
-    """Puzzles and their solutions, n x n, n = 4, 6 or 9 (Section 4.3, C.2). Ids are digits, 0 blank.
+    """Puzzles and their solutions, n x n, n = 4, 6 or 9 (Section 4.3, C.2). Ids: digits, 0 blank.
 
     layout: prefix, the paper's: puzzle, SEP = n + 1, solution, EOS = n + 2 (164 tokens for n = 9),
         of which the whole solution may be masked; board: the solution alone, its clues given.
-    clues: None, those of a puzzle with one solution; K, K random cells: many solutions may be valid.
+    clues: None, those of a puzzle with one solution; K, K random cells: many may be valid.
     source: generated; shah, extreme (n = 9): downloaded to data_dir. data_path: a file instead.
-    puzzles: how many to generate. Boards whose digits can be relabelled into one another are all for
-    training or all for testing, except where the source has its own split.
+    puzzles: how many to generate.
+
+    Boards whose digits can be relabelled into one another are all for training or all for testing,
+    except where the source has its own split.
 
     Training data are augmented on the fly: digits are relabelled; for n = 9 also bands, rows,
     stacks and columns are permuted and the board is transposed. Smaller boards have so few classes
@@ -573,10 +577,9 @@ class Sudoku:
         digits = permutations(1, n)[:, 0] + 1
         relabel = torch.cat([torch.zeros(B, 1, dtype=torch.long), digits], dim=1)  # 0 stays blank
         if n == 9:
-            lines = [(permutations(1, 3)[..., None] * 3 + permutations(3, 3)
-                      .gather(1, permutations(1, 3).view(B, 3, 1).expand(-1, -1, 3))
-                      .view(B, 1, 3, 3)).view(B, 9) for _ in range(2)]     # new row i is lines[0][i]
-            cell = lines[0][:, :, None] * 9 + lines[1][:, None, :]                     # (B, 9, 9)
+            rows, columns = ((permutations(1, 3)[:, 0, :, None] * 3 + permutations(3, 3)).view(B, 9)
+                             for _ in range(2))          # new row i is old row rows[i]
+            cell = rows[:, :, None] * 9 + columns[:, None, :]                    # (B, 9, 9)
             flip = torch.rand(B, 1, 1, generator=generator) < 0.5
             cell = torch.where(flip, cell.transpose(1, 2), cell).reshape(1, B, 81)
             both = both.gather(2, cell.expand(2, -1, -1))

@@ -36,18 +36,18 @@ def build_parser():
     p.error = lambda message: p.exit(2, f"eval.py: {message}; see --help\n")
     p.add_argument("--ckpt", default="out/last.pt", help="checkpoint of train.py")
     p.add_argument("--data-path", metavar="FILE",
-                   help="array: the .npy file, if it has moved since training; sudoku: score on all "
-                   "puzzles of this file instead of those held out")
+                   help="array: the .npy file, if it has moved since training; sudoku: score on "
+                   "all puzzles of this file instead of those held out")
     p.add_argument("--clues", type=int,
-                   help="sudoku: show this many random cells of held-out boards; default: as trained")
+                   help="sudoku: show this many random cells of test boards; default: as trained")
     g = p.add_argument_group("samples: one row for each combination")
     g.add_argument("--nfe", type=int, nargs="+",
                    help="network evaluations per block, N; default: 1; sudoku: 5 10 20")
     g.add_argument("--remask", nargs="+", choices=REMASK,
                    help="which tokens are unmasked first; default: prob; sudoku: prob margin")
     g.add_argument("--latent", nargs="+", choices=LATENT,
-                   help="fixed, resampled (E.1), or from the encoder (E.4); default: fixed; sudoku: "
-                   "all")
+                   help="fixed, resampled (E.1), or from the encoder (E.4); default: fixed; "
+                   "sudoku: all")
     g.add_argument("--temperature", type=float, nargs="+",
                    help="of the tokens, 0: argmax; default: 0 with a latent, 1 without")
     g.add_argument("--num", type=int,
@@ -66,8 +66,8 @@ def build_parser():
                    help="torch device")
     g.add_argument("--json", metavar="FILE", help="write all results to this file")
     g.add_argument("--plot", metavar="FILE",
-                   help="an image (matplotlib): true and generated joint of two-token data; sudoku: "
-                   "accuracy during training, from log.jsonl beside the checkpoint")
+                   help="an image (matplotlib): true and generated joint of two-token data; "
+                   "sudoku: accuracy during training, from log.jsonl beside the checkpoint")
     return p
 
 
@@ -233,7 +233,8 @@ def run(a):
     for k, v in defaults.items():
         if getattr(a, k) is None:
             setattr(a, k, v)
-    two_tokens, journal = ds.seq_len == 2 and ds.entropy is not None, Path(a.ckpt).parent / "log.jsonl"
+    two_tokens = ds.seq_len == 2 and ds.entropy is not None
+    journal = Path(a.ckpt).parent / "log.jsonl"
     if a.plot and not two_tokens and ds.name != "sudoku":
         raise ValueError(f"--plot draws the joint of two tokens; {ds.name} has {ds.seq_len}")
     if a.plot:

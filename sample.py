@@ -29,8 +29,8 @@ def build_parser():
     p.add_argument("--nfe", type=int,
                    help="network evaluations per block, N; default: 10 for sudoku, else 1")
     p.add_argument("--remask", choices=REMASK,
-                   help="which tokens are unmasked first (Section 3.3); default: margin for sudoku, "
-                   "else prob")
+                   help="which tokens are unmasked first (Section 3.3); default: margin for "
+                   "sudoku, else prob")
     p.add_argument("--temperature", type=float,
                    help="of the tokens, 0: argmax; default: 0 with a latent, 1 without")
     p.add_argument("--latent", choices=LATENT, default="fixed",
@@ -41,7 +41,7 @@ def build_parser():
                    help="sudoku: n n characters, . or 0 for blanks, or a file with one per line; "
                    "default: held-out puzzles")
     p.add_argument("--clues", type=int,
-                   help="sudoku: show this many random cells of held-out boards; default: as trained")
+                   help="sudoku: show this many random cells of test boards; default: as trained")
     p.add_argument("--batch-size", type=int, default=1000, help="sequences per network evaluation")
     p.add_argument("--seed", type=int, default=0, help="same seed, same samples")
     p.add_argument("--out", metavar="FILE",

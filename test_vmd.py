@@ -886,7 +886,7 @@ def test_clues_shows_that_many_random_cells(tmp_path):
 def test_puzzle_scores_by_hand(tmp_path):
     ds = data.load("sudoku", grid=4, layout="board", puzzles=200, data_dir=tmp_path)
     s = torch.tensor([[1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1]]).repeat(4, 1)
-    other = torch.tensor([2, 1, 3, 4, 3, 4, 1, 2, 1, 2, 4, 3, 4, 3, 2, 1])  # valid, not the solution
+    other = torch.tensor([2, 1, 3, 4, 3, 4, 1, 2, 1, 2, 4, 3, 4, 3, 2, 1])  # valid, another
     given = torch.zeros(4, 16, dtype=torch.bool)
     given[:, 4:8] = True
     x = s.clone()
@@ -899,7 +899,7 @@ def test_puzzle_scores_by_hand(tmp_path):
     assert_close(got["exact_se"], math.sqrt(0.25 * 0.75 / 4))
     # the prefix layout can overwrite a clue: still a legal board, but not valid
     ds = data.load("sudoku", grid=4, layout="prefix", puzzles=200, data_dir=tmp_path)
-    puzzle = torch.where(torch.arange(16) < 1, s[:1], 0)                   # one clue, the first cell
+    puzzle = torch.where(torch.arange(16) < 1, s[:1], 0)             # one clue, the first cell
     x0, given = ds.tokens(puzzle, s[:1])
     x, _ = ds.tokens(puzzle, other[None])
     got = ds.metrics(x, x0, given)
@@ -1092,8 +1092,9 @@ def test_downloads_resume_and_are_checked(server, tmp_path):
     assert data.download(server.url, file, good).read_bytes() == Server.body
     assert data.download(server.url, file, good) == file and server.seen == [None]
     # cut in the middle: goes on with Range; a server without Range starts anew; 416 on a whole part
-    for mode, have, ranges in (("cut", None, [None, "bytes=65536-"]), ("range", 100, ["bytes=100-"]),
-                               ("no range", 100, ["bytes=100-"]), ("range", 256000, ["bytes=256000-"]),
+    for mode, have, ranges in (("cut", None, [None, "bytes=65536-"]),
+                               ("range", 100, ["bytes=100-"]), ("no range", 100, ["bytes=100-"]),
+                               ("range", 256000, ["bytes=256000-"]),
                                ("range", 300000, ["bytes=300000-", None])):
         file.unlink()
         server.mode, server.seen[:] = mode, []
@@ -1121,7 +1122,8 @@ def test_bad_downloads_leave_nothing_under_the_final_name(server, tmp_path):
         data.download("http://127.0.0.1:9/x", file)         # nobody listens there
 
 
-def test_named_sources_are_downloaded_and_split_as_published(server, tmp_path, monkeypatch, puzzles9):
+def test_named_sources_are_downloaded_and_split_as_published(server, tmp_path, monkeypatch,
+                                                             puzzles9):
     rows = "\n".join(f"a,{text_of(p)},{text_of(s)},1" for p, s in zip(*puzzles9))
     server.body = ("source,question,answer,rating\n" + rows).encode()
     digest = hashlib.sha256(server.body).hexdigest()

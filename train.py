@@ -31,7 +31,8 @@ from model import CHECKPOINT_VERSION, CONDITIONING, POOLING, VMD, Config, load_c
 # Appendix C.1. What the paper leaves open: heads, how t is kept from 0.
 PAPER = dict(
     width=64, heads=4, layers=8, encoder_layers=2, latent_dim=32, latent_hidden=4,
-    conditioning="adaln", pooling="mean", batch_size=10_000, steps=2000, optimizer="adam", lr=1e-3, schedule="constant",
+    conditioning="adaln", pooling="mean", batch_size=10_000, steps=2000, optimizer="adam",
+    lr=1e-3, schedule="constant",
     decay_from=0.0, warmup=0, weight_decay=0.0, clip=0.0, ema=0.0, t_min=1e-3, kl_weight=1.0,
     kl_schedule="none", kl_start=1e-3, kl_ramp=[0.05, 0.4])
 # Two CPU cores, minutes. A larger t_min spends the samples where z matters; a KL weight above 1
@@ -57,7 +58,7 @@ PRESETS["sudoku"] = {                                # C.2; 300 epochs of 1.8 mi
         grid=6, layout="board", width=96, heads=8, layers=4, batch_size=128, steps=5000,
         kl_weight=1.0, kl_ramp=[0.02, 0.25])}
 FREE_ON_RESUME = {"resume", "out", "device", "compile", "log_every", "eval_every"}
-OPTIONAL = dict(preset=None, init_from=None) | {k: None for names in data.OPTIONS.values() for k in names}
+OPTIONAL = dict.fromkeys(["preset", "init_from", *sum(data.OPTIONS.values(), ())])
 LATENT_PARTS = ("encoder.", "conditioner.")  # names of parameters that the baseline lacks
 EVAL_SEQUENCES = 2000
 
@@ -71,8 +72,8 @@ def build_parser():
     g = p.add_argument_group("data")
     g.add_argument("--dataset", choices=data.DATASETS, default="pairs", help="what to learn")
     g.add_argument("--data-path", metavar="FILE",
-                   help="array: an (N, L) integer .npy file; sudoku: puzzles, one per line, text or "
-                   "CSV, or Shah et al.'s .npy")
+                   help="array: an (N, L) integer .npy file; sudoku: puzzles, one per line, text "
+                   "or CSV, or Shah et al.'s .npy")
     g.add_argument("--vocab-size", type=int,
                    help="array: V, if larger than the largest id plus one")
     g.add_argument("--strength", type=float,
@@ -300,8 +301,8 @@ def announce(a, model, ds, log):
     """Prints what will be trained, with what, and about how long it takes."""
     counts = model.param_counts()
     K = ds.seq_len // model.block_size
-    log(f"dataset {ds.name}: L {ds.seq_len}, V {ds.vocab_size}, {K} block(s) of {model.block_size}, "
-        + ds.about)
+    log(f"dataset {ds.name}: L {ds.seq_len}, V {ds.vocab_size}, {K} block(s) of "
+        f"{model.block_size}, {ds.about}")
     log("parameters: " + ", ".join(f"{k} {v:,}" for k, v in counts.items()))
     preset = PRESETS[a.dataset][a.preset]
     log(f"preset {a.preset}: " + " ".join(f"{k}={getattr(a, k)}" for k in preset))
@@ -553,7 +554,7 @@ def train(a, ckpt, rank, world):
 
 
 def report(model, ds, a, seconds, log):
-    """The closing lines: scores of samples, for synthetic data beside what independent tokens get."""
+    """The closing lines: scores of samples; of synthetic data, beside independent tokens'."""
     log(f"trained {a.steps} steps in {clock(seconds)}; checkpoint {Path(a.out) / 'last.pt'}")
     n = ds.score_num
     scores = {k.removeprefix("sampled_"): v for k, v in evaluate(model, ds, a, n).items()}
