@@ -1,22 +1,30 @@
-"""Datasets: synthetic (Sections 4.1, 4.2, D.2), Sudoku (4.3), and any integer array of yours.
+"""Datasets: synthetic (Sections 4.1, 4.2, D.2), Sudoku (4.3), text (4.4), integer arrays of yours.
 
     ds = load("pairs")                               # or load("sudoku", grid=6, layout="board")
     x0, given = ds.batch(512, torch.Generator())     # (512, L) int64, and bool or None
     ds.metrics(samples)                              # {"acc": 0.993, "kl": 0.011}
 
 Every dataset has name, vocab_size (V, without the mask, whose id is V), seq_len (L), prefix_len
-(tokens at the start that are always given), entropy (nats or None), about (in words), nfe, remask
-and score_num (how it is scored if nothing else is asked for: steps, rule, samples), and
-    batch(n, generator), test(n, generator) -> x0 (n, L) ids, given (n, L) bool or None: tokens that
-        are conditioned on and never masked
+(tokens at the start that are always given), entropy (nats or None), vocab (list of V strings, or
+None where ids are numbers), about (in words); nfe, remask, temperature (None: the sampler's own
+default), score_num, bound_num: how it is scored if nothing else is asked for; scored: whether its
+metrics are worth watching during training; and
+    batch, valid, test (n, generator) -> x0 (n, L) ids, given (n, L) bool or None: tokens that are
+        conditioned on and never masked; for training, for choosing between models, for reporting
     metrics(x, x0, given) -> scores of samples x drawn for test sequences x0; synthetic data need x
 Needs numpy, torch, requests, tqdm and imports nothing of this project: copy it.
 """
 
+import functools
+import gzip
 import hashlib
 import math
 import os
+import re
+import tarfile
 import time
+import unicodedata
+import zipfile
 from functools import cached_property
 from pathlib import Path
 
@@ -26,9 +34,11 @@ import torch
 from tqdm import tqdm
 
 SYNTHETIC = ("pairs", "pairs_nonuniform", "pairs_strength", "d1", "d2", "needle")
-DATASETS = SYNTHETIC + ("sudoku", "array")
+DATASETS = SYNTHETIC + ("sudoku", "text8", "lm1b", "text", "array")
 OPTIONS = {  # what `load` takes, by dataset
     "pairs_strength": ("strength",), "needle": ("length",), "array": ("data_path", "vocab_size"),
+    "text8": ("length", "data_dir"), "lm1b": ("length", "data_dir"),
+    "text": ("length", "data_path", "alphabet"),
     "sudoku": ("grid", "layout", "clues", "source", "puzzles", "data_path", "data_dir")}
 MAX_VOCAB = 1_000_000
 KL_FLOOR = 1e-12  # least generated probability; the paper's 25.3 is log(0.1 / 1e-12)
@@ -41,7 +51,8 @@ class Synthetic:
     samples that match a row; KL(true || generated) is over rows.
     """
 
-    vocab_size, prefix_len, nfe, remask, score_num = 10, 0, 1, "prob", 20_000
+    vocab_size, prefix_len, vocab, nfe, remask, temperature = 10, 0, None, 1, "prob", None
+    score_num, bound_num, scored = 20_000, 20_000, True
 
     def __init__(self, name, table, probs=None):
         self.name, self.table = name, torch.as_tensor(table)
@@ -66,7 +77,7 @@ class Synthetic:
             x = torch.where(x < 0, noise, x)
         return x, None
 
-    test = batch  # every draw is unseen data of the same distribution
+    valid = test = batch  # every draw is unseen data of the same distribution
 
     def rows(self, x):
         """Index of the table row that each sequence of x (n, L) matches, -1 if none -> (n,)."""
@@ -106,7 +117,9 @@ class Array:
     no (N, L) array of integers in 0..V-1. Pickled arrays are refused unread.
     """
 
-    name, entropy, prefix_len, nfe, remask, score_num = "array", None, 0, 1, "prob", 1000
+    name, entropy, prefix_len, vocab, nfe, remask, temperature = ("array", None, 0, None, 1, "prob",
+                                                                  None)
+    score_num, bound_num, scored = 1000, 20_000, False
 
     def __init__(self, path, vocab_size=None):
         if not path:
@@ -139,6 +152,8 @@ class Array:
     def test(self, n, generator=None):
         """n held-out rows drawn with replacement -> (n, L) int64, None."""
         return self.x_test[torch.randint(len(self.x_test), (n,), generator=generator)].long(), None
+
+    valid = test
 
     @property
     def about(self):
@@ -513,7 +528,8 @@ class Sudoku:
     under these (2 and 49) that this would turn training boards into test boards.
     """
 
-    name, entropy, nfe, remask, score_num = "sudoku", None, 10, "margin", 1000
+    name, entropy, vocab, nfe, remask, temperature = "sudoku", None, None, 10, "margin", None
+    score_num, bound_num, scored = 1000, 2000, True
 
     def __init__(self, grid=9, layout="prefix", clues=None, source="generated", puzzles=100_000,
                  data_path=None, data_dir=".data"):
@@ -564,9 +580,10 @@ class Sudoku:
     def test(self, n, generator=None):
         """n held-out puzzles, distinct as far as there are as many -> x0, given, as `batch`."""
         test = self.sets[1]
-        have = test.shape[1]
-        at = torch.cat([torch.randperm(have, generator=generator) for _ in range(-(-n // have))])
-        return self.tokens(*test[:, at[:n]].long(), generator)
+        at = distinct(test.shape[1], n, generator)
+        return self.tokens(*test[:, at].long(), generator)
+
+    valid = test
 
     def augment(self, both, generator=None):
         """Random symmetries, the same for puzzle and solution: (2, n, n n) -> (2, n, n n)."""
@@ -654,6 +671,274 @@ def draw_boards(puzzle, answer, color=False):
     return "\n".join(lines) + f"\nsolved: {'no' if bad.any() else 'yes'}"
 
 
+# ---- text
+
+TEXT8 = ("http://mattmahoney.net/dc/text8.zip",
+         "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232")
+TEXT8_MIRROR = ("https://github.com/RaRe-Technologies/gensim-data/releases/download/text8/text8.gz")
+TEXT8_MD5 = "3bea1919949baf155f99411df5fada7e"  # of the 100,000,000 bytes inside
+LM1B = ("http://www.statmt.org/lm-benchmark/1-billion-word-language-modeling-benchmark-r13output"
+        ".tar.gz", "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e")
+BERT_VOCAB = ("https://huggingface.co/bert-base-uncased/resolve/"
+              "86b5e0934494bd15c9632b12f734a8a67f723594/vocab.txt",
+              "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")
+ALPHABET = " abcdefghijklmnopqrstuvwxyz"  # text8's 27 symbols
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def to_text8(text):
+    """text8's own mapping: lower case, digits spelled out, everything else one space."""
+    text = re.sub("[0-9]", lambda m: f" {DIGITS[int(m[0])]} ", text.lower())
+    return re.sub("[^a-z]+", " ", text)
+
+
+def read_text8(data_dir):
+    """The 100,000,000 characters of text8 as bytes, downloaded once, from the mirror if need be."""
+    path = Path(data_dir) / "text8"
+    if not path.exists():
+        try:
+            packed = download(TEXT8[0], path.with_suffix(".zip"), TEXT8[1])
+            with zipfile.ZipFile(packed) as z:
+                raw = z.read("text8")                    # by name: no path in the archive is used
+        except OSError:
+            with gzip.open(download(TEXT8_MIRROR, path.with_suffix(".gz"))) as z:
+                raw = z.read(100_000_001)
+        digest = hashlib.md5(raw).hexdigest()
+        if digest != TEXT8_MD5:
+            raise ValueError(f"text8 has md5 {digest}, not {TEXT8_MD5}: remove {path}.* and retry")
+        write_whole(path, raw)
+    return path.read_bytes()
+
+
+def write_whole(path, raw):
+    """Writes bytes so that under its own name the file is whole."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(raw)
+    os.replace(part, path)
+
+
+def detokenize(line):
+    """Undoes LM1B's tokenisation of one line, with the rules of BD3-LM's pipeline, in its order."""
+    line = line.replace("http : / / ", "http://").replace("https : / / ", "https://")
+    line = re.sub(r" '(\w+)", r"'\1", line)
+    line = re.sub(r" (\w+) \. ", r" \1. ", line)
+    line = re.sub(r" (\w+) \.$", r" \1.", line)
+    for mark in "?!":
+        line = line.replace(f" {mark} ", f"{mark} ")
+        line = re.sub(rf" \{mark}$", mark, line)
+    for mark in ",:;":
+        line = line.replace(f" {mark} ", f"{mark} ")
+    line = line.replace(" / ", "/")
+    for opening, closing in ('""', "''", "()", "[]"):
+        a, b = re.escape(opening), re.escape(closing)
+        line = re.sub(rf"{a} ([^{a}{b}]+) {b}", rf"{opening}\1{closing}", line)
+    return line.replace("$ ", "$").replace("\u00a3 ", "\u00a3")
+
+
+class WordPiece:
+    """BERT's uncased tokenizer (Devlin et al. 2019): text -> ids of a given vocabulary.
+
+    vocab: list of tokens; must hold [UNK], [CLS], [SEP]. Raises ValueError if it does not.
+    """
+
+    def __init__(self, vocab):
+        self.vocab, self.ids = vocab, {token: i for i, token in enumerate(vocab)}
+        for token in ("[UNK]", "[CLS]", "[SEP]"):
+            if token not in self.ids:
+                raise ValueError(f"the vocabulary lacks {token}")
+        self.unk, self.cls, self.sep = (self.ids[t] for t in ("[UNK]", "[CLS]", "[SEP]"))
+        self.word = functools.lru_cache(1 << 20)(self._word)
+
+    def encode(self, text):
+        """Ids of a text, without [CLS] and [SEP]."""
+        if not text.isascii() or not text.isprintable():
+            text = "".join(self._clean(c) for c in text)
+        return [i for word in text.split(" ") for i in self.word(word)]
+
+    @staticmethod
+    def _clean(c):
+        """White space to a space, control characters to nothing, spaces around CJK."""
+        if c in "\t\n\r" or unicodedata.category(c).startswith("Z"):
+            return " "
+        if c in "\0\ufffd" or unicodedata.category(c) in ("Cc", "Cf"):
+            return ""
+        o = ord(c)
+        cjk = (0x4E00 <= o <= 0x9FFF or 0x3400 <= o <= 0x4DBF or 0x20000 <= o <= 0x2A6DF
+               or 0x2A700 <= o <= 0x2CEAF or 0xF900 <= o <= 0xFAFF or 0x2F800 <= o <= 0x2FA1F)
+        return f" {c} " if cjk else c
+
+    def _word(self, word):
+        """Ids of one word: lower case, no accents, split at punctuation, greedy longest match."""
+        word = unicodedata.normalize("NFD", word.lower())
+        word = "".join(c for c in word if unicodedata.category(c) != "Mn")
+        out = []
+        for piece in re.split(r"([!-/:-@\[-`{-~])", word) if word.isascii() else self._split(word):
+            out += self._match(piece) if piece else []
+        return tuple(out)
+
+    @staticmethod
+    def _split(word):
+        """Splits at ASCII and Unicode punctuation."""
+        out = [""]
+        for c in word:
+            if unicodedata.category(c).startswith("P") or c.isascii() and not c.isalnum() and (
+                    c.isprintable()):
+                out += [c, ""]
+            else:
+                out[-1] += c
+        return out
+
+    def _match(self, piece):
+        """Greedy longest match first, ## after the first part; [UNK] where nothing matches."""
+        if len(piece) > 100:
+            return [self.unk]
+        out, start = [], 0
+        while start < len(piece):
+            for end in range(len(piece), start, -1):
+                i = self.ids.get(("##" if start else "") + piece[start:end])
+                if i is not None:
+                    break
+            else:
+                return [self.unk]
+            out.append(i)
+            start = end
+        return out
+
+
+def read_lm1b(data_dir):
+    """LM1B as BERT WordPiece ids -> training and held-out tokens (uint16 memmaps), vocabulary.
+
+    Lines are detokenised, encoded, closed with [SEP] and concatenated, as in BD3-LM's pipeline.
+    The archive is read as a stream: nothing in it is extracted, no path in it is used.
+    """
+    folder = Path(data_dir)
+    paths = [folder / f"lm1b-{split}.uint16" for split in ("train", "heldout")]
+    vocab_file = download(BERT_VOCAB[0], folder / "bert-base-uncased-vocab.txt", BERT_VOCAB[1])
+    vocab = vocab_file.read_text(encoding="utf-8").splitlines()
+    if not all(p.exists() for p in paths):
+        archive, pieces = download(LM1B[0], folder / "lm1b.tar.gz", LM1B[1]), WordPiece(vocab)
+        parts = [p.with_name(f"{p.name}.{os.getpid()}.part") for p in paths]
+        with (open(parts[0], "wb") as train, open(parts[1], "wb") as held,
+              open(archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r|gz") as tar,
+              tqdm(total=30_607_716, unit="line", desc="encoding LM1B", disable=None) as bar):
+            for member in tar:
+                where = re.search(r"/(training|heldout)-monolingual\.tokenized\.shuffled/news\.en"
+                                  r"(-000\d\d-of-00100|\.heldout-000\d\d-of-00050)$", member.name)
+                if where is None or not member.isfile():
+                    continue
+                for line in tar.extractfile(member):
+                    ids = pieces.encode(detokenize(line.decode("utf-8").rstrip("\n")))
+                    np.array([*ids, pieces.sep], np.uint16).tofile(
+                        train if where[1] == "training" else held)
+                    bar.update()
+        for part, path in zip(parts, paths):
+            os.replace(part, path)
+    return *(np.memmap(p, np.uint16, "r") for p in paths), vocab
+
+
+class Text:
+    """Chunks of L tokens, not overlapping, of a long text (Section 4.4, C.3). Ids index `vocab`.
+
+    text8: 27 characters, 90 / 5 / 5 million for training, validation, test. lm1b: BERT WordPiece,
+    [CLS] + L - 2 tokens + [SEP]; the held-out set is the test set, the last hundredth of the
+    training set is for validation. text: the characters of a UTF-8 file, 90 / 5 / 5 %, or, with
+    alphabet="text8", its letters as text8 has them.
+    vocab: encode with this one instead of the text's own (a checkpoint's).
+    """
+
+    entropy, prefix_len, nfe, remask, temperature = None, 0, 4, "random", 1.0
+    score_num, bound_num, scored = 256, 2000, False
+
+    def __init__(self, name, length=None, data_path=None, alphabet=None, vocab=None,
+                 data_dir=".data"):
+        self.name, L = name, length or (128 if name == "lm1b" else 256)
+        if L < (3 if name == "lm1b" else 1):
+            raise ValueError(f"length {L} is too short")
+        if name == "lm1b":
+            train, test, self.vocab = read_lm1b(data_dir)
+            cut = len(train) - len(train) // 100
+            splits, width = (train[:cut], train[cut:], test), L - 2
+        elif name == "text8":
+            raw = np.frombuffer(read_text8(data_dir), np.uint8)
+            ids = np.where(raw == 32, 0, raw - 96).astype(np.uint8)
+            self.vocab, width = list(ALPHABET), L
+            splits = ids[:90_000_000], ids[90_000_000:95_000_000], ids[95_000_000:]
+        else:
+            ids, self.vocab = self.read_file(data_path, alphabet, vocab)
+            width, n = L, len(ids)
+            splits = ids[: n * 90 // 100], ids[n * 90 // 100: n * 95 // 100], ids[n * 95 // 100:]
+        self.vocab_size, self.seq_len = len(self.vocab), L
+        self.splits = [s[: len(s) // width * width].reshape(-1, width) for s in splits]
+        if not min(map(len, self.splits)):
+            raise ValueError(f"too little text: training, validation and test need {width} tokens "
+                             f"each and have {', '.join(str(len(s)) for s in splits)}")
+
+    @staticmethod
+    def read_file(path, alphabet, vocab):
+        """Characters of a UTF-8 file -> ids (n,), vocabulary."""
+        if not path:
+            raise ValueError("dataset text needs --data-path FILE")
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{path} is not UTF-8: {e.reason} at byte {e.start}") from None
+        if alphabet == "text8":
+            text, vocab = to_text8(text), list(ALPHABET)
+        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        own, ids = np.unique(points, return_inverse=True)
+        own = [chr(i) for i in own]
+        if vocab is None:
+            vocab = own
+        place = {c: i for i, c in enumerate(vocab)}
+        new = [c for c in own if c not in place]
+        if new:
+            raise ValueError(f"{path} has {new[0]!r}, which is not in the vocabulary of the model")
+        kind = np.uint8 if len(vocab) <= 256 else np.int32
+        return np.array([place[c] for c in own], kind)[ids], vocab
+
+    @property
+    def about(self):
+        """What there is, in words."""
+        counts = (f"{len(s):,} {what}" for s, what in zip(self.splits, ("training", "validation",
+                                                                        "test")))
+        return ", ".join(counts) + " chunks"
+
+    def rows(self, split, at):
+        """Chunks by number -> x0 (n, L) int64, None."""
+        x = torch.from_numpy(self.splits[split][at.numpy()].astype(np.int64))
+        if self.name == "lm1b":
+            cls, sep = (torch.full_like(x[:, :1], self.vocab.index(t)) for t in ("[CLS]", "[SEP]"))
+            x = torch.cat([cls, x, sep], dim=1)
+        return x, None
+
+    def batch(self, n, generator=None):
+        """n training chunks drawn with replacement -> x0 (n, L) int64, None."""
+        return self.rows(0, torch.randint(len(self.splits[0]), (n,), generator=generator))
+
+    def valid(self, n, generator=None):
+        """n validation chunks, distinct as far as there are as many -> as `batch`."""
+        return self.rows(1, distinct(len(self.splits[1]), n, generator))
+
+    def test(self, n, generator=None):
+        """n test chunks, distinct as far as there are as many -> as `batch`."""
+        return self.rows(2, distinct(len(self.splits[2]), n, generator))
+
+    def metrics(self, x, x0=None, given=None):
+        """Samples x (n, L) -> unigram entropy of a sample, nats, mean and deviation (Table 5);
+        distinct4: of all 4-grams of tokens in the samples, the share that are different.
+        """
+        p = torch.stack([torch.bincount(row, minlength=self.vocab_size) for row in x]) / x.shape[1]
+        entropy = -torch.special.xlogy(p, p).sum(1)
+        grams = x.unfold(1, min(4, x.shape[1]), 1).flatten(0, 1)
+        return dict(entropy=entropy.mean().item(), entropy_sd=entropy.std(correction=0).item(),
+                    distinct4=len(torch.unique(grams, dim=0)) / len(grams))
+
+
+def distinct(have, n, generator=None):
+    """n numbers below `have` in random order, each as often as the others up to one -> (n,)."""
+    return torch.cat([torch.randperm(have, generator=generator) for _ in range(-(-n // have))])[:n]
+
+
 # ---- downloads
 
 def sha256_of(path):
@@ -731,11 +1016,12 @@ def options(args):
     return {k: args[k] for k in OPTIONS.get(args["dataset"], ()) if args.get(k) is not None}
 
 
-def load(name, **given):
-    """Dataset by name. Options, all with defaults but data_path of array:
+def load(name, vocab=None, **given):
+    """Dataset by name. Options, all with defaults but data_path of array and text:
 
     strength: p of pairs_strength, 0..1; length: L of needle; data_path, vocab_size: of `Array`;
-    grid, layout, clues, source, puzzles, data_path, data_dir: of `Sudoku`. Raises ValueError on an
+    grid, layout, clues, source, puzzles, data_path, data_dir: of `Sudoku`; length, data_path,
+    alphabet, data_dir, and vocab, where a checkpoint fixes it: of `Text`. Raises ValueError on an
     unknown name, an option of another dataset or an impossible value.
     """
     if name not in DATASETS:
@@ -748,6 +1034,8 @@ def load(name, **given):
     run = (k + torch.arange(4)) % V  # (10, 4): c, c+1, c+2, c+3
     if name == "sudoku":
         return Sudoku(**given)
+    if name in ("text8", "lm1b", "text"):
+        return Text(name, vocab=vocab, **given)
     if name == "array":
         return Array(given.get("data_path"), given.get("vocab_size"))
     if name == "pairs":
@@ -772,10 +1060,28 @@ def load(name, **given):
     return Synthetic(name, table, torch.where(succ, strength, (1 - strength) / (V - 1)) / V)
 
 
-def show(x, vocab_size):
-    """One line per sequence: ids separated by spaces, _ for the mask. x (n, L)."""
-    words = [["_" if v == vocab_size else str(v) for v in row] for row in x.tolist()]
-    return "\n".join(map(" ".join, words))
+def show(x, vocab_size, vocab=None):
+    """One line per sequence: ids separated by spaces, or text; _ for the mask. x (n, L)."""
+    if vocab is None:
+        words = [["_" if v == vocab_size else str(v) for v in row] for row in x.tolist()]
+        return "\n".join(map(" ".join, words))
+    words = [["_" if v == vocab_size else vocab[v] for v in row] for row in x.tolist()]
+    lines = [" ".join(w).replace(" ##", "") if "[CLS]" in vocab else "".join(w) for w in words]
+    return "\n".join(line.replace("\n", "\\n") for line in lines)
+
+
+def encode(text, vocab, blank=False):
+    """Text -> ids (n,), as `Text` has them; blank: _ stands for the mask. Raises ValueError."""
+    if "[CLS]" in vocab:
+        pieces = WordPiece(vocab)
+        parts = re.split("(_)", text) if blank else [text]
+        ids = [i for p in parts for i in ([len(vocab)] if blank and p == "_" else pieces.encode(p))]
+        return torch.tensor([pieces.cls, *ids])
+    place = {c: i for i, c in enumerate(vocab)} | ({"_": len(vocab)} if blank else {})
+    for c in text:
+        if c not in place:
+            raise ValueError(f"{c!r} is not among the {len(vocab)} characters of the model")
+    return torch.tensor([place[c] for c in text])
 
 
 def parse(text, seq_len, vocab_size):

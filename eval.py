@@ -22,10 +22,11 @@ import torch
 import data
 from diffusion import (LATENT, REMASK, active_units, default_temperature, draw_noise, iwae,
                        objective, sample)
-from model import load_checkpoint
+from model import load_checkpoint, one_line
 
 SHADES = " ░▒▓█"
-METRICS = dict(acc="acc", kl="KL", cond_acc="condAcc", exact="exact", valid="valid", cell="cell")
+PERCENT = ("acc", "cond_acc", "exact", "valid", "cell", "distinct4")
+METRICS = PERCENT + ("kl", "entropy", "gen_ppl")
 GRIDS = {"sudoku": dict(nfe=[5, 10, 20], remask=["prob", "margin"], latent=list(LATENT))}
 
 
@@ -36,27 +37,35 @@ def build_parser():
     p.error = lambda message: p.exit(2, f"eval.py: {message}; see --help\n")
     p.add_argument("--ckpt", default="out/last.pt", help="checkpoint of train.py")
     p.add_argument("--data-path", metavar="FILE",
-                   help="array: the .npy file, if it has moved since training; sudoku: score on "
+                   help="array, text: the file, if it has moved since training; sudoku: score on "
                    "all puzzles of this file instead of those held out")
     p.add_argument("--clues", type=int,
                    help="sudoku: show this many random cells of test boards; default: as trained")
     g = p.add_argument_group("samples: one row for each combination")
     g.add_argument("--nfe", type=int, nargs="+",
-                   help="network evaluations per block, N; default: 1; sudoku: 5 10 20")
+                   help="network evaluations per block, N; default: 1; text: 4; sudoku: 5 10 20")
     g.add_argument("--remask", nargs="+", choices=REMASK,
-                   help="which tokens are unmasked first; default: prob; sudoku: prob margin")
+                   help="which tokens are unmasked first; default: prob; text: random; sudoku: "
+                   "prob margin")
     g.add_argument("--latent", nargs="+", choices=LATENT,
                    help="fixed, resampled (E.1), or from the encoder (E.4); default: fixed; "
                    "sudoku: all")
     g.add_argument("--temperature", type=float, nargs="+",
-                   help="of the tokens, 0: argmax; default: 0 with a latent, 1 without")
+                   help="of the tokens, 0: argmax; default: 0 with a latent, else 1; text: 1")
     g.add_argument("--num", type=int,
-                   help="samples per row; default: 20000; sudoku: 1000 puzzles")
+                   help="samples per row; default: 20000; sudoku: 1000 puzzles; text: 256")
+    g.add_argument("--judge", metavar="CKPT",
+                   help="text: generative perplexity of the samples by this autoregressive "
+                   "checkpoint (--block-size 1 --latent-dim 0) of the same vocabulary")
+    g.add_argument("--gen-ppl", metavar="NAME",
+                   help="text: the same by a causal language model such as gpt2-large "
+                   "(needs transformers)")
     g = p.add_argument_group("bounds")
     g.add_argument("--bound-steps", type=int, nargs="*", default=[1, 2, 4, 0],
                    help="N of NELBO_N; 0: infinity; empty: no bounds")
-    g.add_argument("--bound-num", type=int, default=20_000,
-                   help="test sequences per bound, one Monte-Carlo draw each")
+    g.add_argument("--bound-num", type=int,
+                   help="test sequences per bound, one Monte-Carlo draw each; default: 20000; "
+                   "sudoku, text: 2000")
     g.add_argument("--iwae", type=int, default=0, metavar="S",
                    help="also the bound with S importance samples; 0: no")
     g = p.add_argument_group("run")
@@ -77,7 +86,50 @@ def generate(model, start, a, nfe, remask, latent, temperature):
                   torch.Generator().manual_seed(a.seed)).cpu()
 
 
-def sample_rows(model, ds, a):
+def load_judge(a, ckpt):
+    """The function from samples x (n, L) to perplexities (n,) that the flags ask for, or None."""
+    if (a.judge or a.gen_ppl) and ckpt["vocab"] is None:
+        raise ValueError("--judge and --gen-ppl are for text")
+    if a.judge:
+        judge, other = load_checkpoint(a.judge, a.device)
+        if judge.block_size != 1 or judge.latent_dim or other["vocab"] != ckpt["vocab"]:
+            raise ValueError(f"{a.judge} is no autoregressive model (--block-size 1 --latent-dim "
+                             "0) of the same vocabulary")
+        return lambda x: torch.cat([own_perplexity(judge, part.to(a.device)).cpu()
+                                    for part in x.split(a.batch_size)])
+    if a.gen_ppl:
+        try:
+            import transformers
+        except ImportError:
+            raise ValueError("--gen-ppl needs transformers: pip install transformers") from None
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(a.gen_ppl)
+            lm = transformers.AutoModelForCausalLM.from_pretrained(a.gen_ppl).to(a.device).eval()
+        except (OSError, ValueError) as e:
+            raise ValueError(f"cannot load {a.gen_ppl}: {one_line(e)}") from None
+        return lambda x: torch.tensor([hf_perplexity(lm, tokenizer, text) for text in
+                                       data.show(x, len(ckpt["vocab"]), ckpt["vocab"]).split("\n")])
+    return None
+
+
+@torch.no_grad()
+def own_perplexity(judge, x):
+    """exp(-log p(x) / L) under an autoregressive model of this project: x (n, L) -> (n,).
+
+    With blocks of one token and no latent NELBO_1 is the chain rule, exactly.
+    """
+    noise = draw_noise(*x.shape, 1, 0, steps=1, device=x.device)
+    return (objective(judge, x, noise, "nelbo")[0] / x.shape[1]).exp()
+
+
+@torch.no_grad()
+def hf_perplexity(lm, tokenizer, text):
+    """Perplexity per token of a text under a Hugging Face causal language model."""
+    ids = tokenizer(text, return_tensors="pt").input_ids.to(lm.device)
+    return lm(ids, labels=ids).loss.exp().item()
+
+
+def sample_rows(model, ds, a, judge=None):
     """One dict per combination of the flags -> (rows, samples of the first)."""
     rows, first = [], None
     x0, given = ds.test(a.num, torch.Generator().manual_seed(a.seed))
@@ -92,6 +144,9 @@ def sample_rows(model, ds, a):
         first = x if first is None else first
         row = dict(nfe=nfe, remask=remask, temperature=temperature, latent=latent,
                    **ds.metrics(x, x0, given))
+        if judge:
+            ppl = judge(x)
+            row |= dict(gen_ppl=ppl.mean().item(), gen_ppl_sd=ppl.std(correction=0).item())
         if ds.name == "needle":
             row["cond_acc"] = ds.metrics(generate(model, prompt, a, *how))["acc"]
         rows.append(row | dict(seconds=round(time.time() - clock, 2)))
@@ -119,12 +174,13 @@ def bound_rows(model, ds, a, t_min=1e-5):
                 values.append(objective(model, x, noise, kind, given=known)[0])
         nats, se = mean_se(torch.cat(values))
         rows.append(dict(bound="printed" if kind == "vmd" else "nelbo", steps=steps or None,
-                         nats=nats, se=se))
+                         nats=nats, se=se, nats_per_token=nats / x0.shape[1]))
     for steps in a.bound_steps if a.iwae else ():
         if steps:
             values = [iwae(model, x, steps, a.iwae, known, gd) for x, known in batches]
             nats, se = mean_se(torch.cat(values))
-            rows.append(dict(bound=f"iwae_{a.iwae}", steps=steps, nats=nats, se=se))
+            rows.append(dict(bound=f"iwae_{a.iwae}", steps=steps, nats=nats, se=se,
+                             nats_per_token=nats / x0.shape[1]))
     return rows
 
 
@@ -177,23 +233,32 @@ def plot(path, truth, generated):
 
 def print_results(result, ds):
     """The tables."""
-    shown = [k for k in METRICS if k in result["rows"][0]]
-    print(f"{'nfe':>4} {'remask':>7} {'temp':>5} {'latent':>9} "
-          + " ".join(f"{METRICS[k]:>8}" + " +-     " * (f"{k}_se" in result["rows"][0])
-                     for k in shown))
+    def number(k, value):
+        return f"{value:.2%}" if k in PERCENT else f"{value:.4f}"
+
+    first = result["rows"][0]
+    shown = [k for k in METRICS if k in first]
+    spread = {k: next((s for s in ("_se", "_sd") if k + s in first), None) for k in shown}
+    print(f"{'nfe':>4} {'remask':>7} {'temp':>5} {'latent':>9}"
+          + "".join(f" {k:>9}" + (f" {spread[k][1:]:>8}" if spread[k] else "") for k in shown))
     for r in result["rows"]:
-        cells = [(f"{r[k]:>8.4f}" if k == "kl" else f"{r[k]:>8.2%}")
-                 + (f" {r[f'{k}_se']:<7.2%}" if f"{k}_se" in r else "") for k in shown]
-        print(f"{r['nfe']:>4} {r['remask']:>7} {r['temperature']:>5g} {r['latent']:>9} "
-              + " ".join(cells))
+        print(f"{r['nfe']:>4} {r['remask']:>7} {r['temperature']:>5g} {r['latent']:>9}" + "".join(
+            f" {number(k, r[k]):>9}" + (f" {number(k, r[k + spread[k]]):>8}" if spread[k] else "")
+            for k in shown))
     if result["bounds"]:
-        print(f"\n{'nats per sequence':<40}{'value':>9} {'s.e.':>7}"
-              + (f"   entropy of the data {ds.entropy:.4f}" if ds.entropy else ""))
+        print(f"\n{'nats per sequence':<40}{'value':>10} {'s.e.':>7}"
+              + (f"   entropy of the data {ds.entropy:.4f}" if ds.entropy else "")
+              + (f"{'bits/token':>12}{'perplexity':>12}" if ds.vocab else ""))
     for b in result["bounds"]:
         name = f"{b['bound'].upper()}, N = {b['steps'] or 'infinity'}"
         name = "printed (paper's objective, not a bound)" if b["bound"] == "printed" else name
-        print(f"{name:<40}{b['nats']:>9.4f} {b['se']:>7.4f}")
-    print(f"\nactive latent units per block: {result['active_units']} of {result['latent_dim']}")
+        per_token = b["nats_per_token"]
+        print(f"{name:<40}{b['nats']:>10.4f} {b['se']:>7.4f}"
+              + (f"{per_token / math.log(2):>12.4f}{math.exp(per_token):>12.5g}" if ds.vocab
+                 else ""))
+    if result["latent_dim"]:
+        print(f"\nactive latent units per block: {result['active_units']} of "
+              f"{result['latent_dim']}")
 
 
 def load_data(a, model, ckpt):
@@ -202,13 +267,15 @@ def load_data(a, model, ckpt):
     name, options = args["dataset"], data.options(args)
     if a.clues is not None and name != "sudoku":
         raise ValueError(f"--clues is for sudoku; {a.ckpt} was trained on {name}")
-    if a.data_path and name not in ("array", "sudoku"):
-        raise ValueError(f"--data-path is for arrays and sudoku; {a.ckpt} was trained on {name}")
+    if a.data_path and name not in ("array", "sudoku", "text"):
+        raise ValueError(f"--data-path does not go with {name}, which {a.ckpt} was trained on")
+    if name == "text" and a.data_path:
+        options["data_path"] = a.data_path
     if name == "array":
         options |= dict(vocab_size=model.vocab_size, data_path=a.data_path or args["data_path"])
     if a.clues is not None:
         options["clues"] = a.clues
-    ds = data.load(name, **options)
+    ds = data.load(name, ckpt["vocab"], **options)
     if a.data_path and name == "sudoku":
         ds.sets = [None, torch.from_numpy(data.read_puzzles(a.data_path, ds.grid))]
     if (ds.seq_len, ds.vocab_size) != (model.config.seq_len, model.vocab_size):
@@ -228,8 +295,9 @@ def run(a):
         raise ValueError("--iwae needs a finite --bound-steps, N above 0")
     model, ckpt = load_checkpoint(a.ckpt, a.device)
     args, start, ds = ckpt["args"], time.time(), load_data(a, model, ckpt)
-    defaults = dict(num=ds.score_num, nfe=[ds.nfe], remask=[ds.remask], latent=["fixed"],
-                    temperature=[default_temperature(model)]) | GRIDS.get(ds.name, {})
+    temperature = default_temperature(model) if ds.temperature is None else ds.temperature
+    defaults = dict(num=ds.score_num, bound_num=ds.bound_num, nfe=[ds.nfe], remask=[ds.remask],
+                    latent=["fixed"], temperature=[temperature]) | GRIDS.get(ds.name, {})
     for k, v in defaults.items():
         if getattr(a, k) is None:
             setattr(a, k, v)
@@ -244,7 +312,7 @@ def run(a):
     for file in (a.json, a.plot):
         if file and not Path(file).absolute().parent.is_dir():
             raise FileNotFoundError(f"no folder {Path(file).parent} to write {file} to")
-    rows, x = sample_rows(model, ds, a)
+    rows, x = sample_rows(model, ds, a, load_judge(a, ckpt))
     bounds = bound_rows(model, ds, a) if a.bound_steps else []
     x0, given = ds.test(min(a.bound_num, 5000), torch.Generator().manual_seed(a.seed))
     active = active_units(model, x0.to(a.device),

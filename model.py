@@ -24,7 +24,8 @@ POOLING = ("mean", "gated")
 LOGVAR_RANGE = (-12.0, 8.0)  # clamp: sigma from e^-6 to e^4
 LOGVAR_INIT = -4.0  # sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
 CHECKPOINT_VERSION = 2
-CHECKPOINT_KEYS = ("config", "model", "ema", "optimizer", "step", "best", "seconds", "args", "rng")
+CHECKPOINT_KEYS = ("config", "model", "ema", "optimizer", "step", "best", "seconds", "args", "rng",
+                   "vocab")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 python sample.py                                   # ten samples of the last run
 python sample.py --nfe 2 --remask margin --num 5
 python sample.py --infill "3 _"                    # the given tokens stay
+python sample.py --prompt "the history of"         # text
 python sample.py --nfe 10 --remask margin          # Sudoku: solves held-out puzzles
 python sample.py --puzzle puzzles.txt              # or one puzzle as a string
 """
@@ -27,16 +28,21 @@ def build_parser():
     p.add_argument("--num", type=int,
                    help="number of samples, of each --puzzle; default: 10, with --puzzle 1")
     p.add_argument("--nfe", type=int,
-                   help="network evaluations per block, N; default: 10 for sudoku, else 1")
+                   help="network evaluations per block, N; default: 1; sudoku: 10; text: 4")
     p.add_argument("--remask", choices=REMASK,
-                   help="which tokens are unmasked first (Section 3.3); default: margin for "
-                   "sudoku, else prob")
+                   help="which tokens are unmasked first (Section 3.3); default: prob; "
+                   "sudoku: margin; text: random")
     p.add_argument("--temperature", type=float,
-                   help="of the tokens, 0: argmax; default: 0 with a latent, 1 without")
+                   help="of the tokens, 0: argmax; default: 0 with a latent, else 1; text: 1")
     p.add_argument("--latent", choices=LATENT, default="fixed",
                    help="one z per block, a new one each step (E.1), or from the encoder (E.4)")
     p.add_argument("--infill", metavar="TOKENS",
-                   help='a sequence in the form that samples are printed in, _ for blanks: "3 _"')
+                   help='a sequence in the form that samples are printed in, _ for blanks: "3 _"; '
+                   'text: "the ____ of", what follows is generated too')
+    p.add_argument("--prompt", metavar="TEXT", help="text: how every sample begins")
+    p.add_argument("--length", type=int,
+                   help="text: tokens to generate, prompt included, at most as many as in "
+                   "training; default: as many")
     p.add_argument("--puzzle", metavar="PUZZLE",
                    help="sudoku: n n characters, . or 0 for blanks, or a file with one per line; "
                    "default: held-out puzzles")
@@ -51,11 +57,19 @@ def build_parser():
     return p
 
 
-def start_from(a, model, args):
+def start_from(a, model, ckpt):
     """What to fill in -> x (n, L) ids with masks, given (n, L) bool or None, dataset or None."""
-    V, L = model.vocab_size, model.config.seq_len
+    V, vocab, args, r = model.vocab_size, ckpt["vocab"], ckpt["args"], model.block_size
+    L = model.config.seq_len if a.length is None else a.length
     if args["dataset"] != "sudoku":
-        x = torch.full((L,), V) if a.infill is None else data.parse(a.infill, L, V)
+        known = torch.zeros(0, dtype=torch.long)
+        if vocab is None and a.infill is not None:
+            known = data.parse(a.infill, L, V)
+        elif vocab is not None and (a.prompt or a.infill) is not None:
+            known = data.encode(a.prompt or a.infill, vocab, blank=a.infill is not None)
+        if len(known) > L:
+            raise ValueError(f"{len(known)} tokens are given; the sequence has {L}")
+        x = torch.cat([known, torch.full((L - len(known),), V)])
         return x.repeat(a.num, 1), None, None
     options = data.options(args) | ({} if a.clues is None else {"clues": a.clues})
     if a.puzzle is None:
@@ -89,25 +103,30 @@ def run(a):
     if a.out and not Path(a.out).absolute().parent.is_dir():
         raise FileNotFoundError(f"no folder {Path(a.out).parent} to write {a.out} to")
     model, ckpt = load_checkpoint(a.ckpt, a.device)
-    name = ckpt["args"]["dataset"]
-    for flag, wanted in (("puzzle", True), ("clues", True), ("infill", False)):
-        if getattr(a, flag) is not None and wanted != (name == "sudoku"):
+    name, c = ckpt["args"]["dataset"], model.config
+    kind = data.Sudoku if name == "sudoku" else data.Text if ckpt["vocab"] else data.Synthetic
+    for flag, kinds in (("puzzle", [data.Sudoku]), ("clues", [data.Sudoku]),
+                        ("prompt", [data.Text]), ("length", [data.Text]),
+                        ("infill", [data.Text, data.Synthetic])):
+        if getattr(a, flag) is not None and kind not in kinds:
             raise ValueError(f"--{flag} does not go with {name}, which {a.ckpt} was trained on")
-    if a.puzzle is not None and a.clues is not None:
-        raise ValueError("--clues picks cells of held-out boards; it does not go with --puzzle")
-    if a.temperature is None:
-        a.temperature = default_temperature(model)
-    kind = data.Sudoku if name == "sudoku" else data.Synthetic
+    if sum(v is not None for v in (a.puzzle, a.clues, a.prompt, a.infill)) > 1:
+        raise ValueError("of --puzzle, --clues, --prompt and --infill only one can be given")
+    if a.length is not None and (not 1 <= a.length <= c.seq_len or a.length % c.block_size):
+        raise ValueError(f"--length {a.length} must be a multiple of the block size "
+                         f"{c.block_size}, at most the {c.seq_len} tokens of training")
+    temperature = default_temperature(model) if kind.temperature is None else kind.temperature
+    temperature = temperature if a.temperature is None else a.temperature
     nfe, remask = a.nfe if a.nfe is not None else kind.nfe, a.remask or kind.remask
-    start, given, ds = start_from(a, model, ckpt["args"])
-    x = sample(model, start.to(a.device), nfe, remask, a.temperature, a.latent, a.batch_size,
+    start, given, ds = start_from(a, model, ckpt)
+    x = sample(model, start.to(a.device), nfe, remask, temperature, a.latent, a.batch_size,
                torch.Generator().manual_seed(a.seed)).cpu()
     latent = a.latent if model.latent_dim else "none"
     print(f"# {name}, step {ckpt['step']}, nfe {nfe} per block, remask {remask}, "
-          f"temperature {a.temperature:g}, latent {latent}, seed {a.seed}", file=sys.stderr)
+          f"temperature {temperature:g}, latent {latent}, seed {a.seed}", file=sys.stderr)
     if ds is not None:
         return show_boards(*ds.boards(x, given), a.out)
-    text = data.show(x, model.vocab_size)
+    text = data.show(x, model.vocab_size, ckpt["vocab"])
     print(text)
     if a.out:
         Path(a.out).write_text(text + "\n")

@@ -3,8 +3,10 @@
     python -m pytest -q test_vmd.py        # CPU, offline, a few minutes
 """
 
+import gzip
 import hashlib
 import http.server
+import io
 import itertools
 import json
 import math
@@ -15,7 +17,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -1135,6 +1139,170 @@ def test_named_sources_are_downloaded_and_split_as_published(server, tmp_path, m
         data.load("sudoku", source="shah", grid=6)
 
 
+# ---- text
+
+def test_wordpiece_goldens_by_hand():
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##aff", "##able", "want", "##ed",
+             "##want", "cafe", "##s", ",", "!", "'", "don", "t", "\u6771", "\u4eac", "a", "##b",
+             "\u201c", "x"]
+    wp = data.WordPiece(vocab)
+    for text, want in (
+            ("UNaffable", "un ##aff ##able"),              # the example of BERT's own code
+            ("UNwanted,  unwanted!", "un ##want ##ed , un ##want ##ed !"),
+            ("Caf\u00e9s", "cafe ##s"), ("cafe\u0301", "cafe"),
+            ("don't", "don ' t"), ("\u6771\u4eac", "\u6771 \u4eac"),
+            ("\u201ca\u201c", "\u201c a \u201c"), ("a\tx\nx\u00a0x", "a x x x"),
+            ("a\u200bb\u0007b", "a ##b ##b"), ("zebra a", "[UNK] a"), ("unx", "[UNK]"),
+            ("a" + "b" * 99, "a" + " ##b" * 99), ("a" + "b" * 100, "[UNK]"), ("", ""), ("  ", "")):
+        assert [vocab[i] for i in wp.encode(text)] == want.split(), text
+    with pytest.raises(ValueError, match=r"\[UNK\]"):
+        data.WordPiece(["a"])
+
+
+def test_detokenizer_goldens_by_hand():
+    for line, want in (
+            ("He said , \" it 's late . \" Really ?", "He said, \"it's late.\" Really?"),
+            ("See http : / / x.org or https : / / y.org !", "See http://x.org or https://y.org!"),
+            ("It cost $ 5 ; not \u00a3 6 : no .", "It cost $5; not \u00a36: no."),
+            ("either / or ( as they say ) [ sic ] .", "either/or (as they say) [sic] ."),
+            ("What ? Yes ! And so on .", "What? Yes! And so on."),
+            ("the dogs ' ears", "the dogs ' ears"), ("' quoted '", "'quoted'")):
+        assert data.detokenize(line) == want
+
+
+def test_text8_mapping_by_hand():
+    assert data.to_text8("In 1984, Caf\u00e9s!") == "in one nine eight four caf s "
+    assert len(data.ALPHABET) == 27 and data.ALPHABET[0] == " "
+
+
+def test_text_files_are_split_and_chunked_without_gap_or_overlap(tmp_path):
+    rng = np.random.default_rng(0)
+    text = "".join(rng.choice(list("ab\u00e9\n \u6771"), 2003))
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    ds = data.load("text", data_path=tmp_path / "t.txt", length=7)
+    assert ds.vocab == sorted(set(text)) and (ds.seq_len, ds.vocab_size) == (7, 6)
+    for split, (a, b) in enumerate(((0, 1802), (1802, 1902), (1902, 2003))):     # 90, 95, 100 %
+        chunks = ["".join(ds.vocab[i] for i in row) for row in ds.splits[split]]
+        n = (b - a) // 7
+        assert chunks == [text[a + 7 * i: a + 7 * i + 7] for i in range(n)]
+    x, given = ds.test(14)
+    assert x.dtype == torch.int64 and given is None and len(torch.unique(x, dim=0)) == 14
+    assert data.encode("ab\u00e9", ds.vocab).tolist() == [ds.vocab.index(c) for c in "ab\u00e9"]
+    assert data.show(x[:1], 6, ds.vocab) == "".join(ds.vocab[i] for i in x[0]).replace("\n", "\\n")
+    assert data.encode("a_b", ds.vocab, blank=True).tolist()[1] == 6
+    kw = dict(data_path=tmp_path / "t.txt", length=7)
+    assert data.load("text", alphabet="text8", **kw).vocab_size == 27
+    # a checkpoint's vocabulary: kept, or refused if it lacks a character
+    assert data.load("text", ds.vocab + ["z"], **kw).vocab_size == 7
+    with pytest.raises(ValueError, match="not in the vocabulary"):
+        data.load("text", list("ab"), **kw)
+    with pytest.raises(ValueError, match="too little text"):
+        data.load("text", data_path=tmp_path / "t.txt", length=101)
+    (tmp_path / "bad.txt").write_bytes(b"abc\xff")
+    with pytest.raises(ValueError, match="not UTF-8.*byte 3"):
+        data.load("text", data_path=tmp_path / "bad.txt")
+
+
+def test_text8_is_downloaded_checked_and_split(server, tmp_path, monkeypatch):
+    text = "".join(np.random.default_rng(0).choice(list(data.ALPHABET), 2000)).encode()
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as z:
+        z.writestr("../evil", "x")
+        z.writestr("text8", text)
+    server.body = packed.getvalue()
+    monkeypatch.setattr(data, "TEXT8", (server.url, hashlib.sha256(server.body).hexdigest()))
+    with pytest.raises(ValueError, match="md5"):
+        data.read_text8(tmp_path)                            # not the real one
+    monkeypatch.setattr(data, "TEXT8_MD5", hashlib.md5(text).hexdigest())
+    assert data.read_text8(tmp_path) == text and (tmp_path / "text8").exists()
+    assert not (tmp_path.parent / "evil").exists()
+    # from the mirror, where the first address does not answer
+    server.body = gzip.compress(text)
+    monkeypatch.setattr(data, "TEXT8", ("http://127.0.0.1:9/x", "0"))
+    monkeypatch.setattr(data, "TEXT8_MIRROR", server.url)
+    assert data.read_text8(tmp_path / "m") == text
+    monkeypatch.setattr(data, "read_text8", lambda d: text * 50_000)
+    ds = data.load("text8")
+    assert [len(s) for s in ds.splits] == [90_000_000 // 256, 5_000_000 // 256, 5_000_000 // 256]
+    first = "".join(ds.vocab[i] for i in ds.splits[1][0])
+    assert first == (text * 2).decode()[90_000_000 % 2000:][:256]
+
+
+def test_lm1b_is_streamed_detokenised_encoded_and_packed(server, tmp_path, monkeypatch):
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] + list("abcdefgh") + ["##" + c for c in "abcdefgh"]
+    root = "1-billion-word-language-modeling-benchmark-r13output/"
+    lines = {"training-monolingual.tokenized.shuffled/news.en-00001-of-00100": "ab c\n" * 300,
+             "training-monolingual.tokenized.shuffled/news.en-00002-of-00100": "e\n" * 3,
+             "heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050": "d , d\n" * 9,
+             "../../evil": "x\n", "README": "a b c\n"}
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for name, text in lines.items():
+            info = tarfile.TarInfo(root + name)
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text.encode()))
+    server.body = packed.getvalue()
+    (tmp_path / "bert-base-uncased-vocab.txt").write_text("\n".join(vocab) + "\n")
+    monkeypatch.setattr(data, "LM1B", (server.url, hashlib.sha256(server.body).hexdigest()))
+    train_ids, held, got = data.read_lm1b(tmp_path)
+    ids = {t: i for i, t in enumerate(vocab)}
+    line = [ids["a"], ids["##b"], ids["c"], ids["[SEP]"]]
+    assert got == vocab and train_ids.tolist() == line * 300 + [ids["e"], ids["[SEP]"]] * 3
+    assert held.tolist() == [ids["d"], 1, ids["d"], ids["[SEP]"]] * 9        # the comma: [UNK]
+    assert {p.name for p in tmp_path.iterdir()} == {"bert-base-uncased-vocab.txt", "lm1b.tar.gz",
+                                                    "lm1b-train.uint16", "lm1b-heldout.uint16"}
+    ds = data.load("lm1b", length=10, data_dir=tmp_path)
+    x, _ = ds.rows(0, torch.arange(2))
+    assert x[0].tolist() == [2] + (line * 300)[:8] + [3] and x[1].tolist() == [2] + line * 2 + [3]
+    assert len(ds.splits[0]) == (1206 - 12) // 8 and len(ds.splits[2]) == 36 // 8
+    assert data.show(x[:1], len(vocab), vocab) == "[CLS] ab c [SEP] ab c [SEP] [SEP]"
+    assert data.encode("ab _ c", vocab, blank=True).tolist() == [2, 4, 13, len(vocab), 6]
+
+
+def test_a_judge_scores_by_the_chain_rule():
+    m = tiny(L=4, r=1, Z=0, V=3)
+    x = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    want, cache = torch.zeros(81), m.new_cache()
+    for b in range(4):                                       # token by token, as it would generate
+        logits = m.decode_block(torch.full((81, 1), 3), None, cache)
+        want -= logits[:, 0].log_softmax(-1).gather(1, x[:, b: b + 1])[:, 0]
+        cache.push(x[:, b: b + 1], None)
+    assert_close(evaluation.own_perplexity(m, x), (want / 4).exp())
+    assert_close((-want).exp().sum().item(), 1.0)            # and they are probabilities
+
+
+@pytest.mark.parametrize("Z, latent, nfe", [(0, "fixed", 2), (3, "fixed", 1), (3, "resample", 2)])
+def test_cached_and_uncached_samples_are_the_same(Z, latent, nfe):
+    class Uncached:
+        def __init__(self, m):
+            self.m, self.vocab_size, self.block_size = m, m.vocab_size, m.block_size
+            self.latent_dim, self.prior = m.latent_dim, m.prior
+
+        def new_cache(self):
+            return Cache()
+
+        def decode_block(self, x, z, cache):
+            xs = torch.cat([p[0] for p in cache.pending] + [x], 1)
+            zs = None if z is None else torch.cat([p[1] for p in cache.pending] + [z], 1)
+            return self.m.decode(xs, xs, zs)[:, -x.shape[1]:]
+    m, masks = tiny(L=8, r=2, Z=Z, V=5), torch.full((20, 8), 5)
+    a, b = (diffusion.sample(w, masks, nfe, temperature=1.0, latent=latent,
+                             generator=torch.Generator().manual_seed(0)) for w in (m, Uncached(m)))
+    assert (a == b).all() and len(torch.unique(a, dim=0)) > 5
+
+
+def test_text_preset_of_the_paper_and_scores_of_samples(tmp_path):
+    a = train.settle(["--dataset", "text8", "--preset", "paper"])[0]
+    assert (a.layers, a.heads, a.encoder_layers, a.latent_dim) == (8, 8, 4, 128)
+    assert (a.optimizer, a.lr, a.warmup, a.batch_size, a.ema) == ("adamw", 3e-4, 2500, 512, 0.9999)
+    assert (a.conditioning, a.block_size, a.width, a.dtype) == ("add", 4, 256, "float32")
+    (tmp_path / "t.txt").write_text("abcd" * 300)
+    ds = data.load("text", data_path=tmp_path / "t.txt", length=4)
+    got = ds.metrics(torch.tensor([[0, 0, 1, 1], [0, 1, 2, 3], [0, 1, 2, 3]]))
+    assert_close(got["entropy"], (math.log(2) + 2 * math.log(4)) / 3)
+    assert_close(got["distinct4"], 2 / 3)
+
+
 # ---- training
 
 FAST = ["--steps", "6", "--batch-size", "8", "--layers", "2", "--encoder-layers", "1", "--width",
@@ -1314,10 +1482,13 @@ def test_best_is_not_overwritten_by_worse(tmp_path, monkeypatch):
 def trained(tmp_path_factory):
     """A folder in which a user has run train.py, briefly."""
     folder = tmp_path_factory.mktemp("user")
+    (folder / "t.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 100)
     np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 5, (40, 6)))
     run_script(folder, "train.py", *FAST)
     run_script(folder, "train.py", *FAST, "--dataset", "sudoku", "--grid", "4", "--puzzles", "300",
                "--out", "sud")
+    run_script(folder, "train.py", *FAST, "--dataset", "text", "--data-path", "t.txt", "--length",
+               "16", "--out", "txt")
     return folder
 
 
@@ -1401,6 +1572,27 @@ def test_sudoku_is_solved_drawn_and_scored(trained, monkeypatch, capsys):
         assert status == 2 and "pip install matplotlib" in capsys.readouterr().err
 
 
+def test_text_is_prompted_filled_in_and_judged(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    ckpt = ["--ckpt", "txt/last.pt"]
+    for flags, pattern in (([], r".{16}"), (["--prompt", "the quick"], "the quick.{7}"),
+                           (["--infill", "a__b", "--length", "8"], "a..b.{4}")):
+        assert sampling.main(ckpt + ["--num", "6"] + flags) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 6 and len(set(lines)) > 1
+        assert all(re.fullmatch(pattern, s.replace("\\n", "\n"), re.S) for s in lines), lines
+    assert train.main(FAST + ["--dataset", "text", "--data-path", "t.txt", "--length", "16",
+                              "--out", "ar", "--block-size", "1", "--latent-dim", "0"]) == 0
+    assert evaluation.main(ckpt + ["--num", "5", "--bound-num", "10", "--judge", "ar/last.pt",
+                                   "--json", "t.json"]) == 0
+    r = json.loads((trained / "t.json").read_text())
+    assert r["rows"][0]["gen_ppl"] > 1 and {"entropy", "entropy_sd", "gen_ppl_sd",
+                                            "distinct4"} <= r["rows"][0].keys()
+    assert all(b["nats_per_token"] == b["nats"] / 16 for b in r["bounds"])
+    out = capsys.readouterr().out
+    assert "bits/token" in out and "perplexity" in out
+
+
 @pytest.mark.parametrize("flags", [
     "--dataset pairs_nonuniform --conditioning shared",
     "--dataset pairs_strength --strength 0.3",
@@ -1410,6 +1602,7 @@ def test_sudoku_is_solved_drawn_and_scored(trained, monkeypatch, capsys):
     "--dataset array --data-path tokens.npy",
     "--objective nelbo --objective-steps 2",
     "--preset paper",
+    "--dataset text --data-path t.txt --alphabet text8 --length 8 --block-size 8",
     "--dataset sudoku --grid 4 --layout prefix --pooling gated --puzzles 300",
     "--dataset sudoku --puzzles 300 --clues 20 --latent-dim 0",
     "--dtype bfloat16 --optimizer adamw --ema 0.9"])
@@ -1475,6 +1668,12 @@ train --init-from out/last.pt --heads 4
 train --device meta
 train --grad-accum 3 --batch-size 8
 train --device tpu9
+train --dataset text
+train --dataset text --data-path none.txt
+train --dataset text --data-path tokens.npy
+train --dataset text --data-path t.txt --length 5000
+train --dataset text --data-path t.txt --length 6
+train --alphabet text8
 train --strength 0.5
 train --grid 4
 train --dataset d1 --puzzles 5
@@ -1504,6 +1703,17 @@ sample --batch-size 0
 sample --out no/such/folder/x
 sample --temperature nan
 sample --device tpu9
+sample --prompt x
+sample --length 2
+sample --ckpt txt/last.pt --prompt X
+sample --ckpt txt/last.pt --prompt 'the quick brown fox'
+sample --ckpt txt/last.pt --length 3
+sample --ckpt txt/last.pt --length 32
+sample --ckpt txt/last.pt --prompt a --infill b
+eval --judge out/last.pt
+eval --ckpt txt/last.pt --judge txt/last.pt
+eval --ckpt txt/last.pt --judge none.pt
+eval --ckpt txt/last.pt --clues 2
 sample --puzzle 1...............
 sample --clues 3
 sample --ckpt sud/last.pt --infill '1 _'

@@ -30,11 +30,11 @@ from model import CHECKPOINT_VERSION, CONDITIONING, POOLING, VMD, Config, load_c
 
 # Appendix C.1. What the paper leaves open: heads, how t is kept from 0.
 PAPER = dict(
-    width=64, heads=4, layers=8, encoder_layers=2, latent_dim=32, latent_hidden=4,
+    block_size=0, width=64, heads=4, layers=8, encoder_layers=2, latent_dim=32, latent_hidden=4,
     conditioning="adaln", pooling="mean", batch_size=10_000, steps=2000, optimizer="adam",
     lr=1e-3, schedule="constant",
     decay_from=0.0, warmup=0, weight_decay=0.0, clip=0.0, ema=0.0, t_min=1e-3, kl_weight=1.0,
-    kl_schedule="none", kl_start=1e-3, kl_ramp=[0.05, 0.4])
+    kl_schedule="none", kl_start=1e-3, kl_ramp=[0.05, 0.4], dtype="float32")
 # Two CPU cores, minutes. A larger t_min spends the samples where z matters; a KL weight above 1
 # closes the holes that the posteriors leave in the prior (for pairs z is not worth a weight of 2).
 CPU = PAPER | dict(
@@ -57,6 +57,14 @@ PRESETS["sudoku"] = {                                # C.2; 300 epochs of 1.8 mi
     "cpu": CPU | dict(
         grid=6, layout="board", width=96, heads=8, layers=4, batch_size=128, steps=5000,
         kl_weight=1.0, kl_ramp=[0.02, 0.25])}
+TEXT = PAPER | dict(                                 # C.3; steps are BD3-LM's, the paper has none
+    block_size=4, width=256, heads=8, encoder_layers=4, latent_dim=128, conditioning="add",
+    batch_size=512, steps=1_000_000, optimizer="adamw", lr=3e-4, warmup=2500, ema=0.9999,
+    dtype="bfloat16")
+for name in ("text8", "lm1b", "text"):
+    PRESETS[name] = {"paper": dict(TEXT), "cpu": CPU | dict(
+        block_size=4, width=128, layers=4, encoder_layers=2, conditioning="add", batch_size=64,
+        steps=3000, lr=1e-3, t_min=1e-3, kl_weight=1.0, kl_ramp=[0.05, 0.6])}
 FREE_ON_RESUME = {"resume", "out", "device", "compile", "log_every", "eval_every"}
 OPTIONAL = dict.fromkeys(["preset", "init_from", *sum(data.OPTIONS.values(), ())])
 LATENT_PARTS = ("encoder.", "conditioner.")  # names of parameters that the baseline lacks
@@ -72,14 +80,16 @@ def build_parser():
     g = p.add_argument_group("data")
     g.add_argument("--dataset", choices=data.DATASETS, default="pairs", help="what to learn")
     g.add_argument("--data-path", metavar="FILE",
-                   help="array: an (N, L) integer .npy file; sudoku: puzzles, one per line, text "
-                   "or CSV, or Shah et al.'s .npy")
+                   help="text: a UTF-8 file; array: an (N, L) integer .npy file; sudoku: puzzles, "
+                   "one per line, text or CSV, or Shah et al.'s .npy")
+    g.add_argument("--alphabet", choices=("text8",),
+                   help="text: map it to text8's 27 symbols; default: its own characters")
     g.add_argument("--vocab-size", type=int,
                    help="array: V, if larger than the largest id plus one")
     g.add_argument("--strength", type=float,
                    help="pairs_strength: probability p of the successor, 0..1; default: 1")
     g.add_argument("--length", type=int,
-                   help="needle: sequence length L in tokens, at least 8; default: 20")
+                   help="sequence length L in tokens; default: needle 20, lm1b 128, text 256")
     g.add_argument("--grid", type=int, choices=tuple(data.BOXES),
                    help="sudoku: n of an n x n board; default: the preset's")
     g.add_argument("--layout", choices=data.LAYOUTS,
@@ -93,11 +103,11 @@ def build_parser():
                    "default: generated")
     g.add_argument("--puzzles", type=int, help="sudoku: how many to generate; default: 100000")
     g.add_argument("--data-dir", metavar="DIR",
-                   help="sudoku: folder of generated and downloaded data; default: .data")
+                   help="folder of generated and downloaded data; default: .data")
     g = p.add_argument_group("model (default: the preset's)")
     g.add_argument("--preset", choices=("paper", "cpu"),
                    help="paper: Appendix C; cpu: two cores; default: paper with CUDA, else cpu")
-    g.add_argument("--block-size", type=int, default=0,
+    g.add_argument("--block-size", type=int,
                    help="tokens per block r, a divisor of L; 0: one block")
     g.add_argument("--width", type=int, help="D")
     g.add_argument("--heads", type=int, help="attention heads H")
@@ -150,8 +160,9 @@ def build_parser():
                    help="seed of weights, data and noise; CUDA kernels may differ in the last bit")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="torch device")
-    g.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                   help="autocast type")
+    g.add_argument("--dtype", choices=("float32", "bfloat16"),
+                   help="autocast type; default: float32, for text in the paper preset on CUDA "
+                   "bfloat16")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                    help="torch.compile the step")
     g.add_argument("--log-every", type=int, default=100, help="steps between log lines")
@@ -182,6 +193,8 @@ def settle(argv=None):
         return resumed, ckpt
     args["preset"] = args["preset"] or ("paper" if args["device"].startswith("cuda") else "cpu")
     preset = PRESETS[args["dataset"]][args["preset"]]
+    if not args["device"].startswith("cuda"):            # slower than float32 on most CPUs
+        preset = preset | {"dtype": "float32"}
     args = argparse.Namespace(**(args | preset | given | {"preset": args["preset"]}))
     check(args)
     return args, None
@@ -268,7 +281,7 @@ def evaluate(model, ds, a, samples=None):
     """
     dev = next(model.parameters()).device
     g, gd = torch.Generator().manual_seed(1), torch.Generator(dev).manual_seed(1)
-    x0, given = on(dev, *ds.test(EVAL_SEQUENCES, g))
+    x0, given = on(dev, *ds.valid(min(EVAL_SEQUENCES, max(64, 2**16 // ds.seq_len)), g))
     given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
     noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, a.objective_steps or None,
                        a.t_min, gd, dev)
@@ -276,7 +289,9 @@ def evaluate(model, ds, a, samples=None):
              for rows in torch.arange(len(x0), device=dev).split(a.batch_size)]
     loss, recon, kl = (torch.cat(v).mean().item() for v in zip(*terms))
     out = dict(loss=loss, recon=recon, kl=kl, active=active_units(model, x0, given=given).tolist())
-    x0, given = ds.test(samples or min(EVAL_SEQUENCES, ds.score_num), g)
+    if not ds.scored:
+        return out
+    x0, given = ds.valid(samples or min(EVAL_SEQUENCES, ds.score_num), g)
     masked = torch.full_like(x0, ds.vocab_size)
     start = masked if given is None else torch.where(given, x0, masked)
     x = sample(model, start.to(dev), ds.nfe, ds.remask, batch_size=a.batch_size,
@@ -339,7 +354,7 @@ def update_average(ema, model, decay, step):
 def setup(a, ckpt):
     """Dataset, model, optimizer, EMA and random streams, new or as the checkpoint left them."""
     torch.manual_seed(a.seed)
-    ds = data.load(a.dataset, **data.options(vars(a)))
+    ds = data.load(a.dataset, ckpt and ckpt["vocab"], **data.options(vars(a)))
     config = Config(ds.vocab_size, ds.seq_len, a.block_size or ds.seq_len, a.width, a.heads,
                     a.layers, a.encoder_layers, a.latent_dim, a.latent_hidden, a.conditioning,
                     a.pooling, ds.prefix_len)
@@ -463,7 +478,10 @@ class Recorder:
     def evaluation(self, done, result):
         """The line of an evaluation, and a warning in plain words if the latent has collapsed."""
         self.write(step=done, eval=result)
-        shown = (f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
+        shown = [f"{k} {v:.4f}" for k, v in result.items() if isinstance(v, float)]
+        units = result["active"]
+        if self.a.latent_dim:
+            shown.append(f"active {units if len(units) < 9 else f'{min(units)} to {max(units)}'}")
         self.log("  test " + "  ".join(shown))
         if self.a.latent_dim and sum(result["active"]) == 0:
             self.log("  the latent has collapsed: no unit is active, z says nothing. Lower "
@@ -494,7 +512,8 @@ def train(a, ckpt, rank, world):
                     ema=ema.state_dict() if ema else None,
                     optimizer=opt.state_dict(), step=step, best=best,
                     seconds=spent + time.time() - start, args=vars(a),
-                    config=asdict(model.config), rng={k: g.get_state() for k, g in streams.items()})
+                    config=asdict(model.config), vocab=ds.vocab,
+                    rng={k: g.get_state() for k, g in streams.items()})
 
     def stopping(done):
         if world > 1 and done % a.log_every == 0:        # all processes stop after the same step
@@ -556,6 +575,9 @@ def train(a, ckpt, rank, world):
 def report(model, ds, a, seconds, log):
     """The closing lines: scores of samples; of synthetic data, beside independent tokens'."""
     log(f"trained {a.steps} steps in {clock(seconds)}; checkpoint {Path(a.out) / 'last.pt'}")
+    if not ds.scored:
+        log(f"samples: python sample.py --ckpt {Path(a.out) / 'last.pt'}; bounds: eval.py")
+        return
     n = ds.score_num
     scores = {k.removeprefix("sampled_"): v for k, v in evaluate(model, ds, a, n).items()}
     if ds.entropy is not None:
