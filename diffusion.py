@@ -9,7 +9,8 @@ torch only and imports nothing of this project: copy it.
 
 A model offers vocab_size V, block_size r, latent_dim Z (0: no latent), and
     encode(xt, x0) -> mu, logvar (B, K, Z)      q(z^b | x_t^b, x_0^{<=b}); not used if Z = 0
-    prior(xt) -> mu, logvar (B, K, Z)           p(z^b)
+    prior(xt, x0, z) -> mu, logvar (B, K, Z)    p(z^b | x_t^b, x_0^{<b}, z^{<b}), or of less
+    prior_reads_z                               whether the prior depends on z^{<b}
     decode(xt, x0, z) -> logits (B, L, V)       reads x_t^b, x_0^{<b}, z^{<=b}; z may be None
     new_cache() -> cache with push(x, z)        finished blocks, x (B, r), z (B, 1, Z) or None
     decode_block(x, z, cache) -> (B, r, V)      decode for the block after the cached ones
@@ -95,9 +96,13 @@ def _latent(model, xt, x0, eps, active):
             torch.zeros_like(active, dtype=torch.float32),
             torch.zeros_like(active, dtype=torch.float32),
         )
-    (mu, logvar), (p_mu, p_logvar) = model.encode(xt, x0), model.prior(xt)
-    mu, logvar = (torch.where(active[..., None], q, p) for q, p in ((mu, p_mu), (logvar, p_logvar)))
-    z = mu + (0.5 * logvar).exp() * eps
+    q_mu, q_logvar = model.encode(xt, x0)
+    z = q_mu + (0.5 * q_logvar).exp() * eps
+    for _ in range(z.shape[1] if model.prior_reads_z else 1):    # a later prior reads earlier z
+        p_mu, p_logvar = model.prior(xt, x0, z)
+        mu, logvar = (torch.where(active[..., None], q, p)
+                      for q, p in ((q_mu, p_mu), (q_logvar, p_logvar)))
+        z = mu + (0.5 * logvar).exp() * eps
     log_ratio = log_normal(z, p_mu, p_logvar) - log_normal(z, mu, logvar)
     return z, gaussian_kl(mu, logvar, p_mu, p_logvar), log_ratio
 
@@ -114,7 +119,8 @@ def objective(model, x0, noise, kind="vmd", kl_weight=1.0, given=None):
         steps=N an unbiased estimate of NELBO_N >= -log p(x_0) of the sampler that fixes z and
         reveals each token at one of N steps, independently and uniformly; steps=None: N = infinity.
     given: (L,) or (B, L) bool, tokens that are never masked; all is then conditional on them. A
-    block with nothing masked takes q = p and pays no KL.
+    block with nothing masked takes q = p and pays no KL. A prior that reads x_t (E.3) is read at
+    t = 1 by nelbo: the bound holds for the sampler that draws z there and keeps it.
     """
     if kind not in ("vmd", "nelbo"):
         raise ValueError(f"objective {kind!r} is neither vmd nor nelbo")
@@ -214,10 +220,11 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     stay masked after step n = N..1; `remask` (random, prob, margin) says which. A block without any
     mask costs none.
     temperature: of the tokens; 0 is argmax, as in the paper. None: `default_temperature`.
-    latent: fixed, one z ~ p per block; resample, a new one each step (E.1); encoder, after the
-    first step z ~ q(z | x_t, x_0-hat), x_0-hat the argmax (E.4). All noise is drawn before the
-    first batch, from `generator` (on the CPU): the result does not depend on batch_size (at
-    temperature 0, but for rounding in the network). Raises ValueError on an impossible choice.
+    latent: fixed, one z ~ p per block; resample, a new one each step (E.1), given x_t if the prior
+    reads it; encoder, after the first step z ~ q(z | x_t, x_0-hat), x_0-hat the argmax (E.4).
+    All noise is drawn before the first batch, from `generator` (on the CPU): the result does not
+    depend on batch_size (at temperature 0, but for rounding in the network). Raises ValueError on
+    an impossible choice.
     """
     temperature = default_temperature(model) if temperature is None else temperature
     if remask not in REMASK or latent not in LATENT:
@@ -240,21 +247,27 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
 
 def _sample(model, x, eps, u, order, nfe, remask, temperature, latent):
     """`sample` for one batch with its noise: eps (B, K, 1 or N, Z), u and order (B, L)."""
-    V, r, cache = model.vocab_size, model.block_size, model.new_cache()
+    V, r, cache, zs = model.vocab_size, model.block_size, model.new_cache(), eps[:, :0, 0]
     for b in range(x.shape[1] // r):
         end, own = (b + 1) * r, slice(b * r, (b + 1) * r)
-        block, z = x[:, own], None  # (B, r), a view: x is filled in place
-        if model.latent_dim:
-            mu, logvar = (a[:, -1:] for a in model.prior(x[:, :end]))  # (B, 1, Z)
-            z = mu + (0.5 * logvar).exp() * eps[:, b, :1]
+        block = x[:, own]  # (B, r), a view: x is filled in place
+        zs = torch.cat([zs, eps[:, b, :1]], dim=1)  # (B, b + 1, Z), the last one not yet z^b
+
+        def gaussian(i, guess=None):
+            """z^b from the prior, or from the encoder given a guess of x_0, (B, 1, Z)."""
+            x_t = x[:, :end]
+            mu, logvar = model.prior(x_t, x_t, zs) if guess is None else model.encode(x_t, guess)
+            return mu[:, -1:] + (0.5 * logvar[:, -1:]).exp() * eps[:, b, i, None]
+
+        z = gaussian(0) if model.latent_dim else None
         M = (block == V).sum(1)
         for i, n in enumerate(range(nfe, 0, -1) if bool(M.any()) else ()):
             masked = block == V
             if i and z is not None and latent != "fixed":
+                guess = None
                 if latent == "encoder":
                     guess = torch.cat([x[:, : b * r], torch.where(masked, best, block)], 1)
-                    mu, logvar = (a[:, -1:] for a in model.encode(x[:, :end], guess))
-                new = mu + (0.5 * logvar).exp() * eps[:, b, i, None]
+                new = gaussian(i, guess)
                 z = torch.where(masked.any(1)[:, None, None], new, z)    # full rows keep theirs
             logits = model.decode_block(block, z, cache)
             score = confidence(logits.double().softmax(-1), remask, order[:, own])
@@ -263,5 +276,6 @@ def _sample(model, x, eps, u, order, nfe, remask, temperature, latent):
             reveal = masked & (rank < (M * n // nfe - M * (n - 1) // nfe)[:, None])
             tokens, best = draw_tokens(logits, temperature, u[:, own]), logits.argmax(-1)
             block.copy_(torch.where(reveal, tokens, block))
+        zs = zs if z is None else torch.cat([zs[:, :-1], z], dim=1)
         cache.push(block.clone(), z)
     return x

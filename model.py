@@ -21,6 +21,7 @@ from torch import nn
 
 CONDITIONING = ("adaln", "shared", "add")
 POOLING = ("mean", "gated")
+PRIOR = ("standard", "block", "noised")
 LOGVAR_RANGE = (-12.0, 8.0)  # clamp: sigma from e^-6 to e^4
 LOGVAR_INIT = -4.0  # sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
 CHECKPOINT_VERSION = 2
@@ -43,6 +44,7 @@ class Config:
     latent_hidden: int = 4  # width of the hidden layers of z's MLP, in units of D
     conditioning: str = "adaln"  # how z enters the decoder: adaln (C.1), shared (C.2), add (C.3)
     pooling: str = "mean"  # how the encoder summarises a block: mean (C.1) or gated (C.2)
+    prior: str = "standard"  # N(0, I), or block p(z^b | z^{<b}) (E.2), noised p(z^b | x_t^b) (E.3)
     prefix_len: int = 0  # tokens at the start that are never masked: gated pooling skips them
 
     def __post_init__(self):
@@ -59,7 +61,8 @@ class Config:
             raise ValueError(f"block_size {self.block_size} does not divide length {self.seq_len}")
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} is no multiple of 2 x heads = {2 * self.heads}")
-        for name, known in (("conditioning", CONDITIONING), ("pooling", POOLING)):
+        for name, known in (("conditioning", CONDITIONING), ("pooling", POOLING),
+                            ("prior", PRIOR)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if self.prefix_len >= self.seq_len:
@@ -189,35 +192,57 @@ class Stack(nn.Module):
 class Encoder(nn.Module):
     """q(z^b | x_t^b, x_0^{<=b}): a mean and a log variance per block (Section 3.2).
 
+    With own=False it does not see x_0^b: p(z^b | x_t^b, x_0^{<b}), the noised prior of E.3.
     # differs from the paper: position i of block b embeds x_t^i and x_0^i together, instead of the
     # sequence [x_t ; x_0] of twice the length: what z^b may depend on is the same, at half the
     # cost.
     """
 
-    def __init__(self, c):
+    def __init__(self, c, own=True):
         super().__init__()
-        self.pooling, self.prefix_len = c.pooling, c.prefix_len
+        self.own, self.prefix_len = own, c.prefix_len
         self.embed_xt = nn.Embedding(c.vocab_size + 1, c.width)
-        self.embed_x0 = nn.Embedding(c.vocab_size, c.width)
+        read = own or c.seq_len > c.block_size           # every parameter has a gradient, for DDP
+        self.embed_x0 = nn.Embedding(c.vocab_size, c.width) if read else None
         self.stack = Stack(c.encoder_layers, c.width, c.heads, c.block_size)
         self.norm = nn.LayerNorm(c.width, bias=False)
         self.gate = nn.Linear(c.width, 1, bias=False) if c.pooling == "gated" else None
         self.head = nn.Linear(c.width, 2 * c.latent_dim)
         with torch.no_grad():
             self.head.bias[: c.latent_dim] = 0
-            self.head.bias[c.latent_dim :] = LOGVAR_INIT
+            self.head.bias[c.latent_dim :] = LOGVAR_INIT if own else 0
 
     def forward(self, xt, x0):
         """xt, x0 (B, K, r) ids -> mu, logvar (B, K, Z) float32."""
         K, r = x0.shape[1:]
-        clean = self.embed_x0(x0)  # (B, K, r, D)
-        h, _ = self.stack(self.embed_xt(xt) + clean, clean[:, : K - 1] if K > 1 else None)
+        noisy, clean = self.embed_xt(xt), None  # (B, K, r, D)
+        if self.embed_x0 is not None:
+            clean = self.embed_x0(x0 if self.own else x0[:, : K - 1])
+        if self.own:
+            noisy = noisy + clean
+        h, _ = self.stack(noisy, clean[:, : K - 1] if K > 1 else None)
         h = norm(self.norm, h)  # (B, K, r, D)
         if self.gate is None:
             h = h.mean(dim=2)  # (B, K, D)
         else:
             prefix = torch.arange(K * r, device=h.device).view(K, r, 1) < self.prefix_len
             h = (self.gate(h).float().masked_fill(prefix, -1e9).softmax(dim=2) * h).sum(dim=2)
+        mu, logvar = self.head(h).float().chunk(2, dim=-1)
+        return mu, logvar.clamp(*LOGVAR_RANGE)
+
+
+class BlockPrior(nn.Module):
+    """p(z^b | z^{<b}) (E.2): a GRU over the latents of the blocks before, N(0, I) at the start."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.rnn = nn.GRU(c.latent_dim, c.width, batch_first=True)
+        self.head = nn.Linear(c.width, 2 * c.latent_dim)
+        nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
+
+    def forward(self, z):
+        """z (B, K, Z) -> mu, logvar (B, K, Z), of which block b depends on z^{<b} only."""
+        h = self.rnn(F.pad(z[:, :-1], (0, 0, 1, 0)))[0]
         mu, logvar = self.head(h).float().chunk(2, dim=-1)
         return mu, logvar.clamp(*LOGVAR_RANGE)
 
@@ -279,11 +304,14 @@ class VMD(nn.Module):
         self.head = nn.Linear(c.width, c.vocab_size)
         self.encoder = Encoder(c) if c.latent_dim else None
         self.conditioner = Conditioner(c) if c.latent_dim else None
+        self.prior_reads_z, self.prior_net = c.prior == "block", None
+        if c.latent_dim and c.prior != "standard":
+            self.prior_net = BlockPrior(c) if self.prior_reads_z else Encoder(c, own=False)
 
     def param_counts(self):
         """Parameters of decoder, encoder, latent pathway; the first and last run at sampling."""
         count = lambda m: sum(p.numel() for p in m.parameters()) if m is not None else 0
-        encoder, latent = count(self.encoder), count(self.conditioner)
+        encoder, latent = count(self.encoder), count(self.conditioner) + count(self.prior_net)
         decoder = count(self) - encoder - latent
         return {"decoder": decoder, "encoder": encoder, "latent pathway": latent}
 
@@ -296,11 +324,15 @@ class VMD(nn.Module):
         """q(z^b | x_t^b, x_0^{<=b}). xt, x0 (B, L) ids -> mu, logvar (B, K, Z) float32."""
         return self.encoder(self.blocks(xt), self.blocks(x0))
 
-    def prior(self, xt):
-        """p(z^b) = N(0, I). xt (B, L) -> mu, logvar (B, K, Z), zeros."""
-        K = xt.shape[1] // self.block_size
-        zeros = torch.zeros(xt.shape[0], K, self.latent_dim, device=xt.device)
-        return zeros, zeros
+    def prior(self, xt, x0, z):
+        """p(z^b) = N(0, I), p(z^b | z^{<b}) or p(z^b | x_t^b, x_0^{<b}), by config.prior.
+
+        xt, x0 (B, L), z (B, K, Z) -> mu, logvar (B, K, Z).
+        """
+        if self.prior_net is None:
+            return torch.zeros_like(z), torch.zeros_like(z)
+        return self.prior_net(z) if self.prior_reads_z else self.prior_net(*map(self.blocks,
+                                                                                (xt, x0)))
 
     def decode(self, xt, x0, z):
         """Training form, all blocks at once -> logits (B, L, V) float32.

@@ -53,6 +53,8 @@ def tiny(L=4, r=2, Z=3, V=3, seed=0, **kw):
         for name, p in m.named_parameters():
             if name.endswith("ada") or name.startswith("conditioner.m") and p.dim() == 2:
                 p.normal_(std=0.3)
+            if name.startswith("prior_net.head"):
+                p.normal_(std=0.5)
     return m.eval()
 
 
@@ -181,7 +183,7 @@ class PerfectPairs:
     With Z = 1 the pair is the decile of Phi(z), and q(z | x_0) a narrow Gaussian inside it.
     """
 
-    vocab_size, block_size, edge = 10, 2, 1e-7
+    vocab_size, block_size, prior_reads_z, edge = 10, 2, False, 1e-7
 
     def __init__(self, latent_dim):
         self.latent_dim = latent_dim
@@ -193,7 +195,7 @@ class PerfectPairs:
         mu, logvar = torch.where(both, mu, 0.0), torch.where(both, 2 * sigma.log(), 0.0)
         return mu[:, None, None], logvar[:, None, None]
 
-    def prior(self, xt):
+    def prior(self, xt, x0, z):
         return (torch.zeros(len(xt), 1, 1),) * 2
 
     def decode(self, xt, x0, z):
@@ -372,15 +374,76 @@ def test_iwae_is_unbiased_and_lies_between_the_exact_nll_and_nelbo(Z, steps):
         assert many.mean() < nelbo.mean()
 
 
-def test_iwae_weights_of_several_blocks_are_unbiased():
-    m, n = tiny(2, 1, 1, seed=6), 40_000
+@pytest.mark.parametrize("prior", network.PRIOR)
+def test_iwae_weights_of_several_blocks_are_those_of_the_sampler(prior):
+    m, n = tiny(2, 1, 1, seed=6, prior=prior), 20_000
     m.encoder.head.bias.data[1] = 0.0
+    every = list(itertools.product(range(3), repeat=2))
     probs = [(-iwae(m, torch.tensor([x]).expand(n, 2), 1, 1,
                     generator=torch.Generator().manual_seed(i)).double()).exp()
-             for i, x in enumerate(itertools.product(range(3), repeat=2))]
+             for i, x in enumerate(every)]
     se = sum(p.var() / n for p in probs).sqrt().item()
     # sums to one over all x_0
-    assert abs(sum(p.mean() for p in probs).item() - 1) < 4 * se and se < 0.02
+    assert abs(sum(p.mean() for p in probs).item() - 1) < 4 * se and se < 0.03
+    # and one step of the sampler draws each x_0 as often
+    x = diffusion.sample(m, torch.full((n, 2), 3), 1, temperature=1.0,
+                         generator=torch.Generator().manual_seed(99))
+    for p, want in zip(probs, every):
+        share = (x == torch.tensor(want)).all(1).double().mean().item()
+        spread = math.sqrt(share * (1 - share) / n + p.var().item() / n)
+        assert abs(share - p.mean().item()) < 4.5 * spread, want
+
+
+def test_priors_depend_on_what_they_may():
+    L, r, K = 6, 2, 3
+    x0, z = torch.randint(3, (1, L)), torch.randn(1, K, 3)
+    xt = torch.where(torch.arange(L) % 2 == 0, 3, x0)
+    for prior in network.PRIOR:
+        m = tiny(L, r, prior=prior)
+        base = torch.cat(m.prior(xt, x0, z), -1)                           # (1, K, 2 Z)
+        for b in range(K):
+            at = slice(b * r, (b + 1) * r)
+            noisy, clean, latent = xt.clone(), x0.clone(), z.clone()
+            noisy[:, at] = torch.where(noisy[:, at] == 3, 0, 3)
+            clean[:, at] = (clean[:, at] + 1) % 3
+            latent[:, b] += 1
+            later = list(range(b + 1, K))
+            assert changed(base, torch.cat(m.prior(noisy, x0, z), -1), 1) == (
+                [b] if prior == "noised" else [])
+            assert changed(base, torch.cat(m.prior(xt, clean, z), -1), 1) == (
+                later if prior == "noised" else [])
+            assert changed(base, torch.cat(m.prior(xt, x0, latent), -1), 1) == (
+                later if prior == "block" else [])
+    assert (tiny(L, r).prior(xt, x0, z)[0] == 0).all()
+
+
+@pytest.mark.parametrize("prior", network.PRIOR)
+def test_kl_is_that_of_the_chain_of_priors(prior):
+    m, g = tiny(6, 2, prior=prior), torch.Generator().manual_seed(0)
+    x0, eps = torch.randint(3, (5, 6), generator=g), torch.randn(5, 3, 3, generator=g)
+    noise = Noise(torch.full((5, 3), 0.5), torch.rand(5, 6, generator=g), eps)
+    noise.u[:, 2:4] = 0.9                                    # nothing masked in the second block
+    noise.u[:, 0], noise.u[:, 5] = 0.1, 0.1
+    xt = torch.where(noise.u < 0.5, 3, x0)
+    mu, logvar = m.encode(xt, x0)
+    z, kls = mu + (0.5 * logvar).exp() * eps, []
+    for b in range(3):                                       # block by block
+        p_mu, p_logvar = (a[:, b] for a in m.prior(xt, x0, z))
+        if b == 1:
+            z[:, b] = p_mu + (0.5 * p_logvar).exp() * eps[:, b]
+        q = torch.distributions.Normal(mu[:, b], (0.5 * logvar[:, b]).exp())
+        p = torch.distributions.Normal(p_mu, (0.5 * p_logvar).exp())
+        kls.append(torch.distributions.kl_divergence(q, p).sum(-1) * (b != 1) / 0.5)
+    _, recon, kl = objective(m, x0, noise)
+    assert_close(kl, sum(kls))
+    ce = diffusion.token_nats(m.decode(xt, x0, z), x0)
+    assert_close(recon, (ce * (noise.u < 0.5)).sum(1) / 0.5)
+    # a resampled latent is drawn anew from p(z | x_t)
+    seen = []
+    plain = m.prior
+    m.prior = lambda xt, x0, z: seen.append(xt.clone()) or plain(xt, x0, z)
+    diffusion.sample(m, torch.full((1, 2), 3), 2, latent="resample")
+    assert [(x == 3).sum().item() for x in seen] == [2, 1]
 
 
 def test_gaussian_kl_is_that_of_torch_distributions():
@@ -397,10 +460,11 @@ def test_gaussian_kl_is_that_of_torch_distributions():
 
 
 @pytest.mark.parametrize("kind", ["vmd", "nelbo"])
-@pytest.mark.parametrize("conditioning, pooling", [("adaln", "mean"), ("shared", "gated"),
-                                                   ("add", "mean")])
-def test_gradients_by_finite_differences(kind, conditioning, pooling):
-    m, g = tiny(4, 2, conditioning=conditioning, pooling=pooling), torch.Generator().manual_seed(7)
+@pytest.mark.parametrize("conditioning, pooling, prior", [
+    ("adaln", "mean", "standard"), ("shared", "gated", "block"), ("add", "mean", "noised")])
+def test_gradients_by_finite_differences(kind, conditioning, pooling, prior):
+    g = torch.Generator().manual_seed(7)
+    m = tiny(4, 2, conditioning=conditioning, pooling=pooling, prior=prior)
     x0, noise = torch.randint(3, (16, 4), generator=g), draw_noise(16, 4, 2, 3, t_min=0.2,
                                                                    generator=g)
 
@@ -409,7 +473,9 @@ def test_gradients_by_finite_differences(kind, conditioning, pooling):
     loss().backward()
     # nothing is cut off
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in m.parameters())
-    for part in ("encoder.", "conditioner.", "stack.", "embed.", "head."):
+    for part in ("encoder.", "conditioner.", "stack.", "embed.", "head.", "prior_net."):
+        if part == "prior_net." and prior == "standard":
+            continue
         params = [p for k, p in m.named_parameters() if k.startswith(part)]
         size = math.sqrt(sum(p.grad.pow(2).sum().item() for p in params))
         ends, h = [], 2e-3
@@ -475,13 +541,13 @@ def test_active_units_counts_what_moves_with_the_data():
 class Recorder:
     """A model of random logits that keeps every block it is shown; blocks of r, V = 5."""
 
-    vocab_size, latent_dim = 5, 2
+    vocab_size, latent_dim, prior_reads_z = 5, 2, False
 
     def __init__(self, r):
         self.block_size, self.calls, self.encoded = r, [], []
         self.g = torch.Generator().manual_seed(9)
 
-    def prior(self, xt):
+    def prior(self, xt, x0, z):
         return (torch.zeros(len(xt), xt.shape[1] // self.block_size, 2),) * 2
 
     def encode(self, xt, x0):
@@ -1276,7 +1342,7 @@ def test_cached_and_uncached_samples_are_the_same(Z, latent, nfe):
     class Uncached:
         def __init__(self, m):
             self.m, self.vocab_size, self.block_size = m, m.vocab_size, m.block_size
-            self.latent_dim, self.prior = m.latent_dim, m.prior
+            self.latent_dim, self.prior, self.prior_reads_z = m.latent_dim, m.prior, False
 
         def new_cache(self):
             return Cache()
@@ -1596,7 +1662,8 @@ def test_text_is_prompted_filled_in_and_judged(trained, monkeypatch, capsys):
 @pytest.mark.parametrize("flags", [
     "--dataset pairs_nonuniform --conditioning shared",
     "--dataset pairs_strength --strength 0.3",
-    "--dataset d1 --block-size 2 --pooling gated",
+    "--dataset d1 --block-size 2 --pooling gated --prior block",
+    "--dataset d1 --prior noised",
     "--dataset d2 --block-size 1 --latent-dim 0",
     "--dataset needle --length 9 --conditioning add",
     "--dataset array --data-path tokens.npy",
@@ -1652,6 +1719,8 @@ train --ema 1
 train --t-min 0
 train --objective-steps 2
 train --freeze-decoder
+train --prior block --latent-dim 0
+train --prior flow
 train --dataset array
 train --dataset array --data-path none.npy
 train --data-path tokens.npy

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 import data
 from diffusion import active_units, draw_noise, objective, sample
-from model import CHECKPOINT_VERSION, CONDITIONING, POOLING, VMD, Config, load_checkpoint, usable
+from model import (CHECKPOINT_VERSION, CONDITIONING, POOLING, PRIOR, VMD, Config, load_checkpoint,
+                   usable)
 
 # Appendix C.1. What the paper leaves open: heads, how t is kept from 0.
 PAPER = dict(
@@ -67,7 +68,7 @@ for name in ("text8", "lm1b", "text"):
         steps=3000, lr=1e-3, t_min=1e-3, kl_weight=1.0, kl_ramp=[0.05, 0.6])}
 FREE_ON_RESUME = {"resume", "out", "device", "compile", "log_every", "eval_every"}
 OPTIONAL = dict.fromkeys(["preset", "init_from", *sum(data.OPTIONS.values(), ())])
-LATENT_PARTS = ("encoder.", "conditioner.")  # names of parameters that the baseline lacks
+LATENT_PARTS = ("encoder.", "conditioner.", "prior_net.")  # parameters that the baseline lacks
 EVAL_SEQUENCES = 2000
 
 
@@ -118,6 +119,8 @@ def build_parser():
                    help="width of the hidden layers of z's MLP, in units of D")
     g.add_argument("--conditioning", choices=CONDITIONING, help="how z enters the decoder")
     g.add_argument("--pooling", choices=POOLING, help="how the encoder summarises a block")
+    g.add_argument("--prior", choices=PRIOR, default="standard",
+                   help="of z^b: N(0, I), p(z^b | z^{<b}) (E.2), p(z^b | x_t^b) (E.3)")
     g = p.add_argument_group("objective (default: the preset's)")
     g.add_argument("--objective", choices=("vmd", "nelbo"), default="vmd",
                    help="vmd: Eqs. 6, 8; nelbo: a likelihood bound")
@@ -221,6 +224,8 @@ def check(a):
         raise ValueError("a geometric ramp cannot end at --kl-weight 0; use --kl-schedule linear")
     if a.objective_steps and a.objective != "nelbo":
         raise ValueError("--objective-steps needs --objective nelbo")
+    if a.prior != "standard" and not a.latent_dim:
+        raise ValueError(f"--prior {a.prior} needs a --latent-dim above 0")
     if a.freeze_decoder and not (a.init_from and a.latent_dim):
         raise ValueError("--freeze-decoder needs --init-from, and a --latent-dim above 0 to train")
     for k in OPTIONAL:
@@ -357,7 +362,7 @@ def setup(a, ckpt):
     ds = data.load(a.dataset, ckpt and ckpt["vocab"], **data.options(vars(a)))
     config = Config(ds.vocab_size, ds.seq_len, a.block_size or ds.seq_len, a.width, a.heads,
                     a.layers, a.encoder_layers, a.latent_dim, a.latent_hidden, a.conditioning,
-                    a.pooling, ds.prefix_len)
+                    a.pooling, a.prior, ds.prefix_len)
     model = VMD(config).to(a.device)
     if a.init_from and ckpt is None:
         source, _ = load_checkpoint(a.init_from, a.device)
