@@ -18,6 +18,7 @@ Needs numpy, torch, requests, tqdm and imports nothing of this project: copy it.
 import functools
 import gzip
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -25,6 +26,7 @@ import tarfile
 import time
 import unicodedata
 import zipfile
+import zlib
 from functools import cached_property
 from pathlib import Path
 
@@ -125,7 +127,7 @@ class Array:
         if not path:
             raise ValueError("dataset array needs --data-path FILE.npy")
         try:
-            x = np.load(path, allow_pickle=False)
+            x = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             raise FileNotFoundError(f"no array at {path}; make one: numpy.save(path, x)") from None
         except Exception as e:  # a damaged file makes numpy raise almost anything
@@ -139,26 +141,25 @@ class Array:
         if x.min() < 0 or x.max() >= top:
             raise ValueError(f"{path} has ids {x.min()}..{x.max()}; they must lie in 0..{top - 1}")
         self.seq_len, self.vocab_size = x.shape[1], vocab_size or int(x.max()) + 1
-        order = torch.from_numpy(np.random.default_rng(0).permutation(len(x)))
-        x = torch.from_numpy(x.astype(np.int32))[order]
-        held = max(1, len(x) // 10)
-        self.x_test, self.x_train = x[:held], x[held:]
+        order, held = np.random.default_rng(0).permutation(len(x)), max(1, len(x) // 10)
+        self.x, self.test_rows, self.train_rows = x, order[:held], order[held:]
 
     def batch(self, n, generator=None):
         """n training rows drawn with replacement -> (n, L) int64, None."""
-        at = torch.randint(len(self.x_train), (n,), generator=generator)
-        return self.x_train[at].long(), None
+        at = torch.randint(len(self.train_rows), (n,), generator=generator)
+        return torch.from_numpy(self.x[self.train_rows[at.numpy()]].astype(np.int64)), None
 
     def test(self, n, generator=None):
-        """n held-out rows drawn with replacement -> (n, L) int64, None."""
-        return self.x_test[torch.randint(len(self.x_test), (n,), generator=generator)].long(), None
+        """n different held-out rows, or all if there are fewer -> (n, L) int64, None."""
+        at = distinct(len(self.test_rows), n, generator)
+        return torch.from_numpy(self.x[self.test_rows[at.numpy()]].astype(np.int64)), None
 
-    valid = test
+    valid = test  # best.pt is chosen on these: report last.pt
 
     @property
     def about(self):
         """What there is, in words."""
-        return f"{len(self.x_train):,} training and {len(self.x_test):,} test sequences"
+        return f"{len(self.train_rows):,} training and {len(self.test_rows):,} test sequences"
 
     def metrics(self, x, x0=None, given=None):
         """Nothing: the true distribution is not known."""
@@ -365,8 +366,9 @@ def held_out(solutions):
     n = math.isqrt(solutions.shape[1])
     rng = np.random.default_rng(7)                       # of the 12 4x4 boards it holds out 2
     weights = rng.integers(1, 2**63, n * n, dtype=np.uint64) | np.uint64(1)
-    key = (canonical(solutions).astype(np.uint64) * weights).sum(1, dtype=np.uint64)
-    return (key >> np.uint64(40)) % np.uint64(20) == 0
+    keys = [(canonical(part).astype(np.uint64) * weights).sum(1, dtype=np.uint64)
+            for part in np.array_split(solutions, len(solutions) // 100_000 + 1)]
+    return (np.concatenate(keys) >> np.uint64(40)) % np.uint64(20) == 0
 
 
 def check_puzzles(puzzles, solutions, where):
@@ -413,32 +415,37 @@ def read_shah(path):
     return np.concatenate(out, axis=1)
 
 
-def parse_puzzle(text, n):
-    """n n characters, digits 1..n, . or 0 for blanks -> (n n,) uint8. Raises ValueError."""
-    if len(text) != n * n:
-        raise ValueError(f"a puzzle of {n}x{n} has {n * n} characters, not {len(text)}")
-    wrong = [c for c in text if c != "." and not (c.isascii() and c.isdigit() and int(c) <= n)]
-    if wrong:
-        raise ValueError(f"{wrong[0]!r} is no cell of a puzzle: 1..{n}, or . or 0 for a blank")
-    return np.array([0 if c == "." else int(c) for c in text], np.uint8)
+def parse_boards(texts, n, where):
+    """Strings of n n characters, 1..n, . or 0 for blanks -> (N, n n) uint8.
 
-
-def boards_of_lines(path, n):
-    """Yields the line's number and its boards, each (n n,) uint8, for every line of a text file.
-
-    Of the comma-separated fields those of n n characters count; a first line without any is a
-    header. Raises ValueError naming the broken line.
+    Raises ValueError naming the first broken one. where: index -> its name.
     """
-    with open(path, encoding="utf-8", errors="replace") as f:
+    bad = next((i for i, t in enumerate(texts) if len(t) != n * n or not t.isascii()), None)
+    if bad is None:
+        cells = np.frombuffer("".join(texts).encode(), np.uint8).reshape(-1, n * n)
+        cells = np.where(cells == ord("."), 0, cells - ord("0"))         # wraps below "0"
+        if not (cells > n).any():
+            return cells
+        bad = (cells > n).any(1).argmax()
+    text = texts[bad]
+    if len(text) != n * n:
+        raise ValueError(f"{where(bad)}: a puzzle of {n}x{n} has {n * n} characters, not "
+                         f"{len(text)}")
+    wrong = next(c for c in text if c not in ".0123456789"[: n + 2])
+    raise ValueError(f"{where(bad)}: {wrong!r} is no cell: 1..{n}, or . or 0 for a blank")
+
+
+def lines_with_boards(path, n):
+    """Yields the number and the one or two boards, as strings, of each line of a text file.
+
+    Of the comma-separated fields those of n n characters count; a first line of words is a header.
+    """
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
         for number, line in enumerate(f, 1):
-            fields = [w.strip().strip('"') for w in line.split(",")]
+            fields = [w.strip() for w in line.replace('"', "").split(",")]
             boards = [w for w in fields if len(w) == n * n]
-            if not line.strip() or not boards and number == 1 and not line[:1].isdigit():
-                continue
-            try:
-                yield number, [parse_puzzle(w, n) for w in boards or fields[:1]]
-            except ValueError as e:
-                raise ValueError(f"{path}, line {number}: {e}") from None
+            if boards or line.strip() and not (number == 1 and re.search("[A-Za-z]", line)):
+                yield number, (boards or fields)[:2 if boards else 1]
 
 
 def read_text(path, n):
@@ -447,22 +454,24 @@ def read_text(path, n):
     The first board of a line is the puzzle, the second its solution; missing solutions are worked
     out. -> (2, N, n n) uint8. Raises ValueError naming the first broken line.
     """
-    rows = [(number, boards[0], boards[1] if len(boards) > 1 else None)
-            for number, boards in boards_of_lines(path, n)]
-    if not rows:
+    rows, out = lines_with_boards(path, n), []
+    while part := list(itertools.islice(rows, 100_000)):
+        def where(i, part=part):
+            return f"{path}, line {part[i][0]}"
+        puzzles, solutions = (parse_boards([boards[i] for _, boards in part], n, where)
+                              for i in (0, -1))
+        alone = np.flatnonzero([len(boards) == 1 for _, boards in part])
+        if len(alone):
+            solutions[alone], found = solve(puzzles[alone])
+            if (found != 1).any():
+                i = (found != 1).argmax()
+                raise ValueError(f"{where(alone[i])}: the puzzle has "
+                                 f"{'several solutions' if found[i] else 'no solution'}")
+        check_puzzles(puzzles, solutions, where)
+        out.append(np.stack([puzzles, solutions]))
+    if not out:
         raise ValueError(f"{path} holds no puzzle of {n * n} characters")
-    lines, puzzles, solutions = zip(*rows)
-    open_ = [i for i, s in enumerate(solutions) if s is None]
-    puzzles = np.stack(puzzles)
-    solutions = np.stack([p if s is None else s for p, s in zip(puzzles, solutions)])
-    if open_:
-        solutions[open_], found = solve(puzzles[open_])
-        if (found != 1).any():
-            i = (found != 1).argmax()
-            raise ValueError(f"{path}, line {lines[open_[i]]}: the puzzle has "
-                             f"{'several solutions' if found[i] else 'no solution'}")
-    check_puzzles(puzzles, solutions, lambda i: f"{path}, line {lines[i]}")
-    return np.stack([puzzles, solutions])
+    return np.concatenate(out, axis=1)
 
 
 def puzzles_to_solve(text, n):
@@ -470,13 +479,12 @@ def puzzles_to_solve(text, n):
 
     Raises ValueError on wrong length or characters, or if the clues contradict each other.
     """
+    rows = [("the puzzle", [text])]
     if Path(text).is_file():
-        rows = [(f"{text}, line {i}", boards[0]) for i, boards in boards_of_lines(text, n)]
-    else:
-        rows = [("the puzzle", parse_puzzle(text, n))]
+        rows = [(f"{text}, line {i}", boards) for i, boards in lines_with_boards(text, n)]
     if not rows:
         raise ValueError(f"{text} holds no puzzle of {n * n} characters")
-    puzzles = np.stack([p for _, p in rows])
+    puzzles = parse_boards([boards[0] for _, boards in rows], n, lambda i: rows[i][0])
     for bad, why in (((violations(puzzles) & (puzzles > 0)).any(1),
                       "two equal clues share a row, column or box"),
                      (propagate(to_bits(puzzles))[0], "the clues leave a cell without a digit")):
@@ -518,7 +526,7 @@ class Sudoku:
         of which the whole solution may be masked; board: the solution alone, its clues given.
     clues: None, those of a puzzle with one solution; K, K random cells: many may be valid.
     source: generated; shah, extreme (n = 9): downloaded to data_dir. data_path: a file instead.
-    puzzles: how many to generate.
+    puzzles: how many to generate, default 100,000.
 
     Boards whose digits can be relabelled into one another are all for training or all for testing,
     except where the source has its own split.
@@ -531,7 +539,7 @@ class Sudoku:
     name, entropy, vocab, nfe, remask, temperature = "sudoku", None, None, 10, "margin", None
     score_num, bound_num, scored = 1000, 2000, True
 
-    def __init__(self, grid=9, layout="prefix", clues=None, source="generated", puzzles=100_000,
+    def __init__(self, grid=9, layout="prefix", clues=None, source="generated", puzzles=None,
                  data_path=None, data_dir=".data"):
         if grid not in BOXES or layout not in LAYOUTS or source not in SOURCES:
             raise ValueError(f"grid {grid} must be one of {tuple(BOXES)}, layout {layout!r} of "
@@ -539,51 +547,58 @@ class Sudoku:
         if clues is not None and not 0 <= clues < grid**2:
             raise ValueError(f"clues {clues} must lie in 0..{grid**2 - 1}")
         if source != "generated" and (grid != 9 or data_path):
-            raise ValueError(f"source {source} has 9x9 boards and needs no data_path")
+            raise ValueError(f"source {source} has 9x9 boards (--grid 9) and needs no data_path")
+        if puzzles is not None and (source != "generated" or data_path):
+            raise ValueError("puzzles is the number to generate; these come from a file")
         self.grid, self.layout, self.clues, self.cells = grid, layout, clues, grid**2
         prefix = layout == "prefix"
         self.vocab_size = grid + 3 if prefix else grid + 1
         self.seq_len = 2 * self.cells + 2 if prefix else self.cells
         self.prefix_len = self.cells + 1 if prefix else 0
-        self.source, self.puzzles, self.data_path, self.data_dir = (source, puzzles, data_path,
-                                                                    data_dir)
+        self.source, self.data_path, self.data_dir = source, data_path, data_dir
+        self.puzzles = 100_000 if puzzles is None else puzzles
 
     @cached_property
-    def sets(self):
-        """Training and test puzzles, (2, N, n n) uint8 each: puzzle, solution; read when needed."""
-        if self.source != "generated":
-            both = [read_puzzles(download(url, Path(self.data_dir) / file, sha256), 9)
-                    for url, file, sha256 in DOWNLOADS[self.source]]
-        else:
-            every = (read_puzzles(self.data_path, self.grid) if self.data_path else
-                     cached_puzzles(self.grid, self.puzzles, 0, self.data_dir))
-            test = held_out(every[1])
-            both = every[:, ~test], every[:, test]
-        if not min(x.shape[1] for x in both):
+    def split(self):
+        """Training and test puzzles of a source without a split of its own, (2, N, n n) uint8."""
+        every = (read_puzzles(self.data_path, self.grid) if self.data_path else
+                 cached_puzzles(self.grid, self.puzzles, 0, self.data_dir))
+        test = held_out(every[1])
+        if test.all() or not test.any():
             raise ValueError("too few puzzles: none is left to train on, or none to test on")
-        return [torch.from_numpy(x) for x in both]
+        return every[:, ~test], every[:, test]
+
+    def part(self, i):
+        """Training (0) or test puzzles (1), puzzle and solution: (2, N, n n) uint8."""
+        if self.source == "generated":
+            return torch.from_numpy(self.split[i])
+        url, file, sha256 = DOWNLOADS[self.source][i]
+        return torch.from_numpy(read_puzzles(download(url, Path(self.data_dir) / file, sha256), 9))
+
+    train_set = cached_property(lambda self: self.part(0))    # read when first needed
+    test_set = cached_property(lambda self: self.part(1))
 
     @property
     def about(self):
         """What there is, in words."""
-        train, test = self.sets
+        train, test = self.train_set, self.test_set
         clues = (train[0] > 0).sum(1).float().mean() if self.clues is None else self.clues
         return (f"{self.grid}x{self.grid}, {train.shape[1]:,} training and {test.shape[1]:,} test "
                 f"puzzles, {clues:.1f} clues")
 
     def batch(self, n, generator=None):
         """n training puzzles drawn with replacement, augmented -> x0 (n, L) int64, given (n, L)."""
-        train = self.sets[0]
+        train = self.train_set
         at = torch.randint(train.shape[1], (n,), generator=generator)
         return self.tokens(*self.augment(train[:, at].long(), generator), generator)
 
     def test(self, n, generator=None):
-        """n held-out puzzles, distinct as far as there are as many -> x0, given, as `batch`."""
-        test = self.sets[1]
+        """n different held-out puzzles, or all if there are fewer -> x0, given, as `batch`."""
+        test = self.test_set
         at = distinct(test.shape[1], n, generator)
         return self.tokens(*test[:, at].long(), generator)
 
-    valid = test
+    valid = test  # best.pt is chosen on these: report last.pt
 
     def augment(self, both, generator=None):
         """Random symmetries, the same for puzzle and solution: (2, n, n n) -> (2, n, n n)."""
@@ -679,6 +694,10 @@ TEXT8_MIRROR = ("https://github.com/RaRe-Technologies/gensim-data/releases/downl
 TEXT8_MD5 = "3bea1919949baf155f99411df5fada7e"  # of the 100,000,000 bytes inside
 LM1B = ("http://www.statmt.org/lm-benchmark/1-billion-word-language-modeling-benchmark-r13output"
         ".tar.gz", "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e")
+LM1B_FILE = re.compile(  # the held-out shards lie there a second time, before their split in 50
+    r"/(?:(training)-monolingual\.tokenized\.shuffled/news\.en-000\d\d-of-00100"
+    r"|(heldout)-monolingual\.tokenized\.shuffled/news\.en\.heldout-000\d\d-of-00050)$")
+DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, KeyError)
 BERT_VOCAB = ("https://huggingface.co/bert-base-uncased/resolve/"
               "86b5e0934494bd15c9632b12f734a8a67f723594/vocab.txt",
               "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")
@@ -700,9 +719,12 @@ def read_text8(data_dir):
             packed = download(TEXT8[0], path.with_suffix(".zip"), TEXT8[1])
             with zipfile.ZipFile(packed) as z:
                 raw = z.read("text8")                    # by name: no path in the archive is used
-        except OSError:
+        except (OSError, ValueError, *DAMAGED):
             with gzip.open(download(TEXT8_MIRROR, path.with_suffix(".gz"))) as z:
-                raw = z.read(100_000_001)
+                try:
+                    raw = z.read(100_000_001)
+                except DAMAGED:
+                    raw = b""
         digest = hashlib.md5(raw).hexdigest()
         if digest != TEXT8_MD5:
             raise ValueError(f"text8 has md5 {digest}, not {TEXT8_MD5}: remove {path}.* and retry")
@@ -818,27 +840,38 @@ def read_lm1b(data_dir):
     if not all(p.exists() for p in paths):
         archive, pieces = download(LM1B[0], folder / "lm1b.tar.gz", LM1B[1]), WordPiece(vocab)
         parts = [p.with_name(f"{p.name}.{os.getpid()}.part") for p in paths]
-        with (open(parts[0], "wb") as train, open(parts[1], "wb") as held,
-              open(archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r|gz") as tar,
-              tqdm(total=30_607_716, unit="line", desc="encoding LM1B", disable=None) as bar):
-            for member in tar:
-                where = re.search(r"/(training|heldout)-monolingual\.tokenized\.shuffled/news\.en"
-                                  r"(-000\d\d-of-00100|\.heldout-000\d\d-of-00050)$", member.name)
-                if where is None or not member.isfile():
-                    continue
-                for line in tar.extractfile(member):
-                    ids = pieces.encode(detokenize(line.decode("utf-8").rstrip("\n")))
-                    np.array([*ids, pieces.sep], np.uint16).tofile(
-                        train if where[1] == "training" else held)
-                    bar.update()
-        for part, path in zip(parts, paths):
-            os.replace(part, path)
+        try:
+            encode_lm1b(archive, pieces, *parts)
+            for part, path in zip(parts, paths):
+                os.replace(part, path)
+        except DAMAGED as e:
+            raise ValueError(f"{archive} is damaged ({type(e).__name__}): remove it") from None
+        finally:
+            for part in parts:
+                part.unlink(missing_ok=True)
     return *(np.memmap(p, np.uint16, "r") for p in paths), vocab
+
+
+def encode_lm1b(archive, pieces, train_path, held_path):
+    """Writes the ids of the archive's training and held-out lines to two files, uint16."""
+    with (open(train_path, "wb") as train, open(held_path, "wb") as held,
+          tarfile.open(archive, mode="r|gz") as tar,
+          tqdm(total=30_607_716, unit="line", desc="encoding LM1B", disable=None) as bar):
+        for member in tar:
+            where = LM1B_FILE.search(member.name)
+            if where is None or not member.isfile():
+                continue
+            out = train if where[1] else held
+            for line in tar.extractfile(member):
+                ids = pieces.encode(detokenize(line.decode("utf-8").rstrip("\n")))
+                out.write(np.array([*ids, pieces.sep], np.uint16).tobytes())
+                bar.update()
 
 
 class Text:
     """Chunks of L tokens, not overlapping, of a long text (Section 4.4, C.3). Ids index `vocab`.
 
+    length: L, default 256, of lm1b 128.
     text8: 27 characters, 90 / 5 / 5 million for training, validation, test. lm1b: BERT WordPiece,
     [CLS] + L - 2 tokens + [SEP]; the held-out set is the test set, the last hundredth of the
     training set is for validation. text: the characters of a UTF-8 file, 90 / 5 / 5 %, or, with
@@ -885,16 +918,16 @@ class Text:
         if alphabet == "text8":
             text, vocab = to_text8(text), list(ALPHABET)
         points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        own, ids = np.unique(points, return_inverse=True)
-        own = [chr(i) for i in own]
-        if vocab is None:
-            vocab = own
-        place = {c: i for i, c in enumerate(vocab)}
-        new = [c for c in own if c not in place]
-        if new:
-            raise ValueError(f"{path} has {new[0]!r}, which is not in the vocabulary of the model")
-        kind = np.uint8 if len(vocab) <= 256 else np.int32
-        return np.array([place[c] for c in own], kind)[ids], vocab
+        seen = np.zeros(0x110000, bool)
+        seen[points] = True
+        vocab = [chr(i) for i in np.flatnonzero(seen)] if vocab is None else vocab
+        place = np.zeros(0x110000, np.uint8 if len(vocab) <= 256 else np.int32)
+        known = [ord(c) for c in vocab]
+        place[known], seen[known] = np.arange(len(vocab)), False
+        if seen.any():
+            raise ValueError(f"{path} has {chr(seen.argmax())!r}, which is not in the vocabulary "
+                             "of the model")
+        return place[points], vocab
 
     @property
     def about(self):
@@ -916,11 +949,11 @@ class Text:
         return self.rows(0, torch.randint(len(self.splits[0]), (n,), generator=generator))
 
     def valid(self, n, generator=None):
-        """n validation chunks, distinct as far as there are as many -> as `batch`."""
+        """n different validation chunks, or all if there are fewer -> as `batch`."""
         return self.rows(1, distinct(len(self.splits[1]), n, generator))
 
     def test(self, n, generator=None):
-        """n test chunks, distinct as far as there are as many -> as `batch`."""
+        """n different test chunks, or all if there are fewer -> as `batch`."""
         return self.rows(2, distinct(len(self.splits[2]), n, generator))
 
     def metrics(self, x, x0=None, given=None):
@@ -935,8 +968,8 @@ class Text:
 
 
 def distinct(have, n, generator=None):
-    """n numbers below `have` in random order, each as often as the others up to one -> (n,)."""
-    return torch.cat([torch.randperm(have, generator=generator) for _ in range(-(-n // have))])[:n]
+    """n different numbers below `have` in random order, or all if there are fewer."""
+    return torch.randperm(have, generator=generator)[:n]
 
 
 # ---- downloads
@@ -952,9 +985,13 @@ def download(url, path, sha256=None, tries=4):
 
     Streams to PATH.part, goes on from there after an interruption (Range), checks the sha256, then
     renames: under its own name a file is whole. Without a known sha256, that of the first download
-    is kept beside it. Retries with back-off. Raises OSError, or ValueError on wrong content.
+    is kept beside it, and wanted of a later one. Retries with back-off. Raises OSError, or
+    ValueError on wrong content.
     """
     path = Path(path)
+    note = path.with_name(path.name + ".sha256")
+    if sha256 is None and note.exists():
+        sha256 = note.read_text().strip()
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -977,7 +1014,7 @@ def download(url, path, sha256=None, tries=4):
         part.unlink()
         raise ValueError(f"{url} has sha256 {digest}, not {sha256}; the file is not kept")
     if sha256 is None:
-        path.with_name(path.name + ".sha256").write_text(digest + "\n")
+        note.write_text(digest + "\n")
     os.replace(part, path)
     return path
 
@@ -997,6 +1034,9 @@ def fetch(url, part):
                              "browser (a quota, a login)")
         resumed = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(
             f"bytes {have}-")
+        if r.status_code == 206 and not resumed:
+            part.unlink()
+            raise requests.ConnectionError("a range that was not asked for")
         have = have if resumed else 0
         length = r.headers.get("Content-Length")
         total = None if length is None else have + int(length)
@@ -1013,7 +1053,7 @@ def fetch(url, part):
 
 def options(args):
     """The options of `load` that settings (a dict, as in a checkpoint) hold for their dataset."""
-    return {k: args[k] for k in OPTIONS.get(args["dataset"], ()) if args.get(k) is not None}
+    return {k: args[k] for k in OPTIONS.get(args.get("dataset"), ()) if args.get(k) is not None}
 
 
 def load(name, vocab=None, **given):
@@ -1062,12 +1102,16 @@ def load(name, vocab=None, **given):
 
 def show(x, vocab_size, vocab=None):
     """One line per sequence: ids separated by spaces, or text; _ for the mask. x (n, L)."""
-    if vocab is None:
-        words = [["_" if v == vocab_size else str(v) for v in row] for row in x.tolist()]
-        return "\n".join(map(" ".join, words))
-    words = [["_" if v == vocab_size else vocab[v] for v in row] for row in x.tolist()]
-    lines = [" ".join(w).replace(" ##", "") if "[CLS]" in vocab else "".join(w) for w in words]
-    return "\n".join(line.replace("\n", "\\n") for line in lines)
+    return "\n".join(line.replace("\n", "\\n") for line in texts(x, vocab_size, vocab))
+
+
+def texts(x, vocab_size, vocab=None):
+    """As `show`, but a list of strings with line breaks as they are."""
+    names = [*(vocab or map(str, range(vocab_size))), "_"]
+    words = [[names[v] for v in row] for row in x.tolist()]
+    if vocab is None or "[CLS]" in vocab:
+        return [" ".join(w).replace(" ##", "") for w in words]
+    return ["".join(w) for w in words]
 
 
 def encode(text, vocab, blank=False):
@@ -1081,7 +1125,7 @@ def encode(text, vocab, blank=False):
     for c in text:
         if c not in place:
             raise ValueError(f"{c!r} is not among the {len(vocab)} characters of the model")
-    return torch.tensor([place[c] for c in text])
+    return torch.tensor([place[c] for c in text], dtype=torch.long)
 
 
 def parse(text, seq_len, vocab_size):

@@ -81,24 +81,24 @@ def log_normal(z, mu, logvar):
 
 def token_nats(logits, x0):
     """-log p(x_0^i) of every token: logits (B, L, V), x0 (B, L) -> (B, L) nats, float32."""
-    return F.cross_entropy(logits.float().transpose(1, 2), x0, reduction="none")
+    nats = F.cross_entropy(logits.float().flatten(0, 1), x0.flatten(), reduction="none")
+    return nats.view_as(x0)
 
 
-def _latent(model, xt, x0, eps, active):
+def _latent(model, xt, x0, eps, active, every=False):
     """z ~ q(z | x_t, x_0) where the block is active, z ~ p elsewhere (q = p costs no KL).
 
-    active (B, K). Returns z (B, K, Z), KL(q || p) (B, K), log p(z) / q(z) (B, K); None and zeros
+    active (B, K); every: it is known that all are. Returns z (B, K, Z), KL(q || p) (B, K),
+    log p(z) / q(z) (B, K); None and zeros
     without latents.
     """
     if not model.latent_dim:
-        return (
-            None,
-            torch.zeros_like(active, dtype=torch.float32),
-            torch.zeros_like(active, dtype=torch.float32),
-        )
+        zero = torch.zeros(active.shape, device=active.device)
+        return None, zero, zero
     q_mu, q_logvar = model.encode(xt, x0)
     z = q_mu + (0.5 * q_logvar).exp() * eps
-    for _ in range(z.shape[1] if model.prior_reads_z else 1):    # a later prior reads earlier z
+    passes = z.shape[1] if model.prior_reads_z and not every else 1
+    for _ in range(passes):                              # later priors read what earlier ones drew
         p_mu, p_logvar = model.prior(xt, x0, z)
         mu, logvar = (torch.where(active[..., None], q, p)
                       for q, p in ((q_mu, p_mu), (q_logvar, p_logvar)))
@@ -127,14 +127,15 @@ def objective(model, x0, noise, kind="vmd", kl_weight=1.0, given=None):
     (B, L), K = x0.shape, noise.t.shape[1]
     maskable = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given.expand(B, L)
     masked = (noise.u < noise.t.repeat_interleave(L // K, 1)) & maskable  # (B, L)
-    xt = torch.where(masked, model.vocab_size, x0)
+    xt = x0.masked_fill(masked, model.vocab_size)
     hidden = masked if kind == "vmd" else maskable  # what the encoder sees as masked
     z, kl, _ = _latent(
         model,
-        torch.where(hidden, model.vocab_size, x0),
+        x0.masked_fill(hidden, model.vocab_size),
         x0,
         noise.eps,
         hidden.view(B, K, -1).any(-1),
+        every=kind == "nelbo" and given is None,
     )
     ce = (token_nats(model.decode(xt, x0, z), x0) * masked).view(B, K, -1).sum(-1)  # (B, K)
     recon = (ce / noise.t).sum(1)
@@ -168,7 +169,7 @@ def iwae(model, x0, steps, samples, given=None, generator=None):
 
 
 @torch.no_grad()
-def active_units(model, x0, threshold=0.01, given=None):
+def active_units(model, x0, threshold=0.01, given=None, batch_size=1000):
     """Active latent units of each block, Var_x E_q[z_j] > threshold (Burda et al. 2016).
 
     x0 (B, L) -> (K,) ints. q reads the fully masked sequence. Zero everywhere: the posterior has
@@ -177,7 +178,9 @@ def active_units(model, x0, threshold=0.01, given=None):
     if not model.latent_dim:
         return torch.zeros(x0.shape[1] // model.block_size, dtype=torch.long)
     maskable = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given.expand(x0.shape)
-    mu, _ = model.encode(torch.where(maskable, model.vocab_size, x0), x0)
+    xt = x0.masked_fill(maskable, model.vocab_size)
+    mu = torch.cat([model.encode(*part)[0] for part in zip(xt.split(batch_size),
+                                                           x0.split(batch_size))])
     return (mu.var(dim=0) > threshold).sum(-1)
 
 

@@ -53,7 +53,8 @@ def build_parser():
     g.add_argument("--temperature", type=float, nargs="+",
                    help="of the tokens, 0: argmax; default: 0 with a latent, else 1; text: 1")
     g.add_argument("--num", type=int,
-                   help="samples per row; default: 20000; sudoku: 1000 puzzles; text: 256")
+                   help="samples per row; default: 20000; array: 1000; text: 256; sudoku: 1000 "
+                   "puzzles, or all of --data-path")
     g.add_argument("--judge", metavar="CKPT",
                    help="text: generative perplexity of the samples by this autoregressive "
                    "checkpoint (--block-size 1 --latent-dim 0) of the same vocabulary")
@@ -69,7 +70,8 @@ def build_parser():
     g.add_argument("--iwae", type=int, default=0, metavar="S",
                    help="also the bound with S importance samples; 0: no")
     g = p.add_argument_group("run")
-    g.add_argument("--batch-size", type=int, default=2000, help="sequences per network evaluation")
+    g.add_argument("--batch-size", type=int,
+                   help="sequences per network evaluation; default: 2000, fewer if they are long")
     g.add_argument("--seed", type=int, default=0, help="seed of samples and test draws")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="torch device")
@@ -88,8 +90,8 @@ def generate(model, start, a, nfe, remask, latent, temperature):
 
 def load_judge(a, ckpt):
     """The function from samples x (n, L) to perplexities (n,) that the flags ask for, or None."""
-    if (a.judge or a.gen_ppl) and ckpt["vocab"] is None:
-        raise ValueError("--judge and --gen-ppl are for text")
+    if (a.judge or a.gen_ppl) and ckpt["vocab"] is None or a.judge and a.gen_ppl:
+        raise ValueError("--judge and --gen-ppl are for text, and one of the two can be given")
     if a.judge:
         judge, other = load_checkpoint(a.judge, a.device)
         if judge.block_size != 1 or judge.latent_dim or other["vocab"] != ckpt["vocab"]:
@@ -108,7 +110,7 @@ def load_judge(a, ckpt):
         except (OSError, ValueError) as e:
             raise ValueError(f"cannot load {a.gen_ppl}: {one_line(e)}") from None
         return lambda x: torch.tensor([hf_perplexity(lm, tokenizer, text) for text in
-                                       data.show(x, len(ckpt["vocab"]), ckpt["vocab"]).split("\n")])
+                                       data.texts(x, len(ckpt["vocab"]), ckpt["vocab"])])
     return None
 
 
@@ -124,8 +126,14 @@ def own_perplexity(judge, x):
 
 @torch.no_grad()
 def hf_perplexity(lm, tokenizer, text):
-    """Perplexity per token of a text under a Hugging Face causal language model."""
+    """Perplexity per token, after the first, of a text under a Hugging Face causal language model.
+
+    Raises ValueError if the text is longer than the model can read, or has fewer than two tokens.
+    """
     ids = tokenizer(text, return_tensors="pt").input_ids.to(lm.device)
+    if not 2 <= ids.shape[1] <= lm.config.max_position_embeddings:
+        raise ValueError(f"a sample of {ids.shape[1]} tokens cannot be scored by a model that "
+                         f"reads {lm.config.max_position_embeddings}")
     return lm(ids, labels=ids).loss.exp().item()
 
 
@@ -133,9 +141,11 @@ def sample_rows(model, ds, a, judge=None):
     """One dict per combination of the flags -> (rows, samples of the first)."""
     rows, first = [], None
     x0, given = ds.test(a.num, torch.Generator().manual_seed(a.seed))
-    blank = torch.full_like(x0, ds.vocab_size)
-    start = blank if given is None else torch.where(given, x0, blank)
-    prompt = blank.index_copy(1, torch.tensor([0]), x0[:, :1])
+    start = torch.full((a.num, ds.seq_len), ds.vocab_size)
+    if given is not None:
+        start = torch.where(given, x0, ds.vocab_size)
+    if ds.name == "needle":
+        prompt = start.index_copy(1, torch.tensor([0]), x0[:, :1])
     latents = a.latent if model.latent_dim else ["none"]
     for latent, temperature, remask, nfe in itertools.product(latents, a.temperature, a.remask,
                                                               a.nfe):
@@ -277,7 +287,7 @@ def load_data(a, model, ckpt):
         options["clues"] = a.clues
     ds = data.load(name, ckpt["vocab"], **options)
     if a.data_path and name == "sudoku":
-        ds.sets = [None, torch.from_numpy(data.read_puzzles(a.data_path, ds.grid))]
+        ds.test_set = torch.from_numpy(data.read_puzzles(a.data_path, ds.grid))
     if (ds.seq_len, ds.vocab_size) != (model.config.seq_len, model.vocab_size):
         raise ValueError(f"the data has L {ds.seq_len}, V {ds.vocab_size}; the checkpoint wants "
                          f"{model.config.seq_len}, {model.vocab_size}")
@@ -298,9 +308,13 @@ def run(a):
     temperature = default_temperature(model) if ds.temperature is None else ds.temperature
     defaults = dict(num=ds.score_num, bound_num=ds.bound_num, nfe=[ds.nfe], remask=[ds.remask],
                     latent=["fixed"], temperature=[temperature]) | GRIDS.get(ds.name, {})
+    if a.data_path and ds.name == "sudoku":
+        defaults["num"] = ds.test_set.shape[1]           # all of the file
     for k, v in defaults.items():
         if getattr(a, k) is None:
             setattr(a, k, v)
+    if a.batch_size is None:                             # some GB of activations and logits
+        a.batch_size = max(1, min(2000, 2**17 // ds.seq_len, 2**26 // ds.seq_len // ds.vocab_size))
     two_tokens = ds.seq_len == 2 and ds.entropy is not None
     journal = Path(a.ckpt).parent / "log.jsonl"
     if a.plot and not two_tokens and ds.name != "sudoku":
@@ -315,7 +329,7 @@ def run(a):
     rows, x = sample_rows(model, ds, a, load_judge(a, ckpt))
     bounds = bound_rows(model, ds, a) if a.bound_steps else []
     x0, given = ds.test(min(a.bound_num, 5000), torch.Generator().manual_seed(a.seed))
-    active = active_units(model, x0.to(a.device),
+    active = active_units(model, x0.to(a.device), batch_size=a.batch_size,
                           given=None if given is None else given.to(a.device))
     result = dict(dataset=ds.name, checkpoint=str(a.ckpt), step=ckpt["step"], seed=a.seed,
                   device=str(a.device), seconds=round(time.time() - start, 2),

@@ -25,8 +25,9 @@ PRIOR = ("standard", "block", "noised")
 LOGVAR_RANGE = (-12.0, 8.0)  # clamp: sigma from e^-6 to e^4
 LOGVAR_INIT = -4.0  # sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
 CHECKPOINT_VERSION = 2
-CHECKPOINT_KEYS = ("config", "model", "ema", "optimizer", "step", "best", "seconds", "args", "rng",
-                   "vocab")
+CHECKPOINT = dict(  # what train.py writes besides the version: key, type
+    config=dict, model=dict, ema=(dict, type(None)), optimizer=dict, step=int, best=float,
+    seconds=float, args=dict, rng=dict, vocab=(list, type(None)))
 
 
 @dataclass
@@ -341,8 +342,6 @@ class VMD(nn.Module):
         paper's x_0^{<=b} for the decoder is a slip).
         """
         xt, x0 = self.blocks(xt), self.blocks(x0)[:, :-1]  # (B, K, r), (B, K - 1, r)
-        if z is not None:
-            z = torch.cat([z, z[:, :-1]], dim=1)  # (B, 2K - 1, Z)
         return self._decode(xt, x0, z)[0].flatten(1, 2)
 
     def decode_block(self, x, z, cache):
@@ -364,10 +363,14 @@ class VMD(nn.Module):
         return Cache()
 
     def _decode(self, noisy, clean, z, n0=0, c0=0, past=None):
-        n = noisy.shape[1]
+        """z: of the noisy, then of the clean blocks; or of K noisy ones that the clean share."""
+        n, m = noisy.shape[1], clean.shape[1]
         h, mods = self.embed(torch.cat([noisy, clean], dim=1)), None  # (B, n + m, r, D)
         if z is not None:
             add, mods = self.conditioner(z)
+            if m and z.shape[1] == n:
+                add, *mods = (a if a is None else torch.cat([a, a[:, :m]], 1)
+                              for a in (add, *(mods or ())))
             h = h if add is None else h + add
         h, kv = self.stack(h[:, :n], h[:, n:] if h.shape[1] > n else None, mods, n0, c0, past)
         return self.head(norm(self.norm, h)).float(), kv  # (B, n, r, V)
@@ -375,14 +378,14 @@ class VMD(nn.Module):
 
 def one_line(error):
     """The first line of an exception's message, shortened, for a message to the user."""
-    return (str(error) or repr(error)).splitlines()[0][:120]
+    return ((str(error) or repr(error)).splitlines() or [""])[0][:120]
 
 
 def usable(device):
     """Returns the name of a torch device, or raises ValueError if it cannot be used here."""
     try:
-        torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        torch.zeros((), dtype=torch.float64, device=device).item()  # the sampler needs float64
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
         raise ValueError(f"device {device!r} cannot be used: {one_line(e)}") from None
     return device
 
@@ -403,12 +406,33 @@ def load_checkpoint(path, device="cpu", ema=True):
         raise ValueError(f"{path} is not a readable checkpoint: {one_line(e)}") from None
     if not isinstance(ckpt, dict) or ckpt.get("version") != CHECKPOINT_VERSION:
         raise ValueError(f"{path} is not a version {CHECKPOINT_VERSION} checkpoint of train.py")
-    missing = [k for k in CHECKPOINT_KEYS if k not in ckpt]
-    if missing:
-        raise ValueError(f"{path} is no checkpoint of train.py: it lacks {', '.join(missing)}")
+    if not isinstance(ckpt.get("args"), dict) or not isinstance(ckpt["args"].get("dataset"), str):
+        raise ValueError(f"{path} is no checkpoint of train.py: its settings name no dataset")
+    odd = {k for k in CHECKPOINT.keys() | ckpt.keys() - {"version"}
+           if k not in ckpt or not isinstance(ckpt[k], CHECKPOINT.get(k, ()))}
+    if odd:
+        raise ValueError(f"{path} is no checkpoint of train.py: missing, unknown or of a wrong "
+                         f"type are {one_line(', '.join(sorted(map(str, odd))))}")
     try:
         model = VMD(Config(**ckpt["config"])).to(device)
-        model.load_state_dict(ckpt["ema"] if ema and ckpt["ema"] is not None else ckpt["model"])
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as e:
-        raise ValueError(f"{path} holds no weights of its configuration: {one_line(e)}") from None
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f"{path} holds no possible configuration: {one_line(e)}") from None
+    weights = ckpt["ema"] if ema and ckpt["ema"] is not None else ckpt["model"]
+    check_weights(path, weights, model.state_dict())
+    model.load_state_dict(weights)
     return model.eval(), ckpt
+
+
+def check_weights(path, weights, own):
+    """Raises ValueError unless the weights have names, shapes and types of `own` and are finite."""
+    for name in sorted(map(str, own.keys() | weights.keys())):
+        w, want = weights.get(name), own.get(name)
+        if not isinstance(w, torch.Tensor) or want is None:
+            wrong = "is missing" if want is not None else "is not one of this model"
+        elif (w.shape, w.dtype) != (want.shape, want.dtype):
+            wrong = f"is {tuple(w.shape)} {w.dtype}, not {tuple(want.shape)} {want.dtype}"
+        elif not w.isfinite().all():
+            wrong = "is not finite"
+        else:
+            continue
+        raise ValueError(f"{path} is damaged: the weight {one_line(name)} {wrong}")

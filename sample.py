@@ -59,7 +59,7 @@ def build_parser():
 
 def start_from(a, model, ckpt):
     """What to fill in -> x (n, L) ids with masks, given (n, L) bool or None, dataset or None."""
-    V, vocab, args, r = model.vocab_size, ckpt["vocab"], ckpt["args"], model.block_size
+    V, vocab, args = model.vocab_size, ckpt["vocab"], ckpt["args"]
     L = model.config.seq_len if a.length is None else a.length
     if args["dataset"] != "sudoku":
         known = torch.zeros(0, dtype=torch.long)

@@ -4,7 +4,8 @@
     python train.py --dataset d2 --block-size 2 --out out/d2
     torchrun --standalone --nproc_per_node=2 train.py --dataset d1
 
-Writes last.pt and best.pt (lowest test loss) and log.jsonl to --out. Losses are nats per sequence.
+Writes last.pt, best.pt (lowest validation loss) and log.jsonl to --out. Losses are nats per
+sequence.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -64,8 +66,8 @@ TEXT = PAPER | dict(                                 # C.3; steps are BD3-LM's, 
     dtype="bfloat16")
 for name in ("text8", "lm1b", "text"):
     PRESETS[name] = {"paper": dict(TEXT), "cpu": CPU | dict(
-        block_size=4, width=128, layers=4, encoder_layers=2, conditioning="add", batch_size=64,
-        steps=3000, lr=1e-3, t_min=1e-3, kl_weight=1.0, kl_ramp=[0.05, 0.6])}
+        length=64, block_size=4, width=128, layers=4, encoder_layers=2, conditioning="add",
+        batch_size=64, steps=2000, lr=1e-3, t_min=1e-3, kl_weight=1.0, kl_ramp=[0.05, 0.6])}
 FREE_ON_RESUME = {"resume", "out", "device", "compile", "log_every", "eval_every"}
 OPTIONAL = dict.fromkeys(["preset", "init_from", *sum(data.OPTIONS.values(), ())])
 LATENT_PARTS = ("encoder.", "conditioner.", "prior_net.")  # parameters that the baseline lacks
@@ -188,7 +190,7 @@ def settle(argv=None):
                 raise ValueError(f"--{k.replace('_', '-')} {v} contradicts the run to resume, "
                                  f"which has {ckpt['args'].get(k)}")
         free = {k: v for k, v in given.items() if k in FREE_ON_RESUME}
-        resumed = argparse.Namespace(**(ckpt["args"] | free))
+        resumed = argparse.Namespace(**(args | ckpt["args"] | free))
         check(resumed)
         if torch.device(resumed.device).type != torch.device(ckpt["args"]["device"]).type:
             raise ValueError(f"the run to resume used {ckpt['args']['device']}: its random "
@@ -196,6 +198,8 @@ def settle(argv=None):
         return resumed, ckpt
     args["preset"] = args["preset"] or ("paper" if args["device"].startswith("cuda") else "cpu")
     preset = PRESETS[args["dataset"]][args["preset"]]
+    if args["dataset"] == "sudoku" and (given.get("data_path") or given.get("source")):
+        preset = preset | {"grid": 9}                    # what other people's puzzles are
     if not args["device"].startswith("cuda"):            # slower than float32 on most CPUs
         preset = preset | {"dtype": "float32"}
     args = argparse.Namespace(**(args | preset | given | {"preset": args["preset"]}))
@@ -224,6 +228,8 @@ def check(a):
         raise ValueError("a geometric ramp cannot end at --kl-weight 0; use --kl-schedule linear")
     if a.objective_steps and a.objective != "nelbo":
         raise ValueError("--objective-steps needs --objective nelbo")
+    if a.weight_decay and a.optimizer != "adamw":
+        raise ValueError("--weight-decay needs --optimizer adamw")
     if a.prior != "standard" and not a.latent_dim:
         raise ValueError(f"--prior {a.prior} needs a --latent-dim above 0")
     if a.freeze_decoder and not (a.init_from and a.latent_dim):
@@ -280,7 +286,7 @@ def save(path, state):
 
 @torch.no_grad()
 def evaluate(model, ds, a, samples=None):
-    """Test loss at the final KL weight, active latent units, scores of samples (sampled_...).
+    """Validation loss at the final KL weight, active latent units, scores of samples (sampled_...).
 
     Nats per sequence. Own seeds: training's random streams are not touched.
     """
@@ -305,8 +311,10 @@ def evaluate(model, ds, a, samples=None):
 
 
 def on(device, *tensors):
-    """The tensors, or None, on a device."""
-    return [t if t is None else t.to(device, non_blocking=True) for t in tensors]
+    """The tensors, or None, on a device, without waiting for the copy."""
+    cuda = torch.device(device).type == "cuda"
+    return [t if t is None else (t.pin_memory() if cuda and t.device.type == "cpu" else t)
+            .to(device, non_blocking=True) for t in tensors]
 
 
 def independent(ds, n=20_000):
@@ -359,13 +367,21 @@ def update_average(ema, model, decay, step):
 def setup(a, ckpt):
     """Dataset, model, optimizer, EMA and random streams, new or as the checkpoint left them."""
     torch.manual_seed(a.seed)
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if local:                                            # the first process of a machine downloads
+        dist.barrier()
     ds = data.load(a.dataset, ckpt and ckpt["vocab"], **data.options(vars(a)))
+    ds.about                                             # reads the data
+    if dist.is_initialized() and not local:
+        dist.barrier()
     config = Config(ds.vocab_size, ds.seq_len, a.block_size or ds.seq_len, a.width, a.heads,
                     a.layers, a.encoder_layers, a.latent_dim, a.latent_hidden, a.conditioning,
                     a.pooling, a.prior, ds.prefix_len)
     model = VMD(config).to(a.device)
     if a.init_from and ckpt is None:
-        source, _ = load_checkpoint(a.init_from, a.device)
+        source, other = load_checkpoint(a.init_from, a.device)
+        if other["vocab"] != ds.vocab:
+            raise ValueError(f"{a.init_from} has another vocabulary")
         weights, own = ({k: v for k, v in m.state_dict().items() if not k.startswith(LATENT_PARTS)}
                         for m in (source, model))
         shapes = [{k: v.shape for k, v in w.items()} for w in (weights, own)]
@@ -432,7 +448,8 @@ def update(step_fn, opt, x0, given, noise, kl_weight, a, rank, world):
             with torch.autocast(torch.device(a.device).type, torch.bfloat16,
                                 enabled=a.dtype == "bfloat16"):
                 part = on(a.device, x0[rows], None if given is None else given[rows])
-                loss, terms = step_fn(*part, noise[rows], torch.tensor(kl_weight, device=a.device))
+                weight = torch.full((), kl_weight, device=a.device)
+                loss, terms = step_fn(*part, noise[rows], weight)
             (loss / a.grad_accum).backward()
         total = total + terms / a.grad_accum
     norm = nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g["params"]],
@@ -487,7 +504,7 @@ class Recorder:
         units = result["active"]
         if self.a.latent_dim:
             shown.append(f"active {units if len(units) < 9 else f'{min(units)} to {max(units)}'}")
-        self.log("  test " + "  ".join(shown))
+        self.log("  valid " + "  ".join(shown))
         if self.a.latent_dim and sum(result["active"]) == 0:
             self.log("  the latent has collapsed: no unit is active, z says nothing. Lower "
                      "--kl-start or --kl-weight, or let the ramp end later (--kl-ramp)")
@@ -604,7 +621,8 @@ def main(argv=None):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         a, ckpt = settle(argv)
         if world > 1:
-            dist.init_process_group("nccl" if a.device.startswith("cuda") else "gloo")
+            dist.init_process_group("nccl" if a.device.startswith("cuda") else "gloo",
+                                    timeout=timedelta(days=1))   # downloads and data may take long
         return train(a, ckpt, rank, world)
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
