@@ -181,7 +181,7 @@ def active_units(model, x0, threshold=0.01, given=None, batch_size=1000):
     xt = x0.masked_fill(maskable, model.vocab_size)
     mu = torch.cat([model.encode(*part)[0] for part in zip(xt.split(batch_size),
                                                            x0.split(batch_size))])
-    return (mu.var(dim=0) > threshold).sum(-1)
+    return (mu.var(dim=0, correction=0) > threshold).sum(-1)
 
 
 def confidence(probs, remask, order):

@@ -3,6 +3,7 @@
     python eval.py                                                      # the last run
     python eval.py --nfe 1 2 4 --remask prob margin --json result.json
     python eval.py --plot joint.png                                     # needs matplotlib
+    python eval.py --benchmark --dataset text8 --batch-size 16          # speed; flags of train.py
 
 Metrics are printed in percent and written as fractions; all else is nats. --nfe counts evaluations
 per block: with two blocks, the paper's "B=2, NFE=4" is --nfe 2. Sudoku: exact, the share of puzzles
@@ -18,11 +19,14 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import train
 from diffusion import (LATENT, REMASK, active_units, default_temperature, draw_noise, iwae,
                        objective, sample)
-from model import load_checkpoint, one_line
+from model import VMD, Config, load_checkpoint, one_line
 
 SHADES = " ░▒▓█"
 PERCENT = ("acc", "cond_acc", "exact", "valid", "cell", "distinct4")
@@ -79,6 +83,12 @@ def build_parser():
     g.add_argument("--plot", metavar="FILE",
                    help="an image (matplotlib): true and generated joint of two-token data; "
                    "sudoku: accuracy during training, from log.jsonl beside the checkpoint")
+    g = p.add_argument_group("speed")
+    g.add_argument("--sweep", action="store_true",
+                   help="with --benchmark: also over lengths 64 to 2048 and batch sizes 1 to 256")
+    g.add_argument("--benchmark", nargs=argparse.REMAINDER, metavar="FLAG",
+                   help="instead of all else: how fast what these flags of train.py describe "
+                   "trains and samples; all that follows goes there")
     return p
 
 
@@ -194,6 +204,154 @@ def bound_rows(model, ds, a, t_min=1e-5):
     return rows
 
 
+# ---- speed
+
+class Uncached:
+    """The model without its KV cache: each step of a block runs all blocks before it anew."""
+
+    def __init__(self, model):
+        self.model, self.prior_reads_z = model, model.prior_reads_z
+        self.vocab_size, self.block_size = model.vocab_size, model.block_size
+        self.latent_dim, self.prior, self.encode = model.latent_dim, model.prior, model.encode
+        self.new_cache = model.new_cache
+
+    def decode_block(self, x, z, cache):
+        """As VMD.decode_block, but blocks stay pending for ever."""
+        xs = torch.cat([p[0] for p in cache.pending] + [x], 1)
+        zs = None if z is None else torch.cat([p[1] for p in cache.pending] + [z], 1)
+        return self.model.decode(xs, xs, zs)[:, -x.shape[1]:]
+
+
+def timed(runs, device, rounds=5):
+    """Seconds of each callable, {name: list}, called in turn so that noise hits all alike."""
+    out = {name: [] for name in runs}
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    for i in range(rounds + 1):
+        for name, run in runs.items():
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            if i:                                        # the first round warms up
+                out[name].append(time.perf_counter() - start)
+    return out
+
+
+def flop_of(run):
+    """Floating-point operations of the matrix products in run(), attention included."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
+class Benchmark:
+    """Speed of what `train.py FLAGS` would train, on random tokens, beside a matmul.
+
+    Rows {what, variant, unit, rate, least, most, gflops, of_matmul}: the median of five runs taken
+    in turn with the others of its kind, the least and the most.
+    """
+
+    def __init__(self, flags):
+        self.a = train.settle(flags)[0]
+        name, options = self.a.dataset, data.options(vars(self.a))
+        if name in ("text8", "lm1b", "text"):            # no need to have the text
+            lm1b = name == "lm1b"
+            self.L = options.get("length", 128 if lm1b else 256)
+            self.V = 30_522 if lm1b else 27
+        else:
+            ds = data.load(name, **options)
+            self.L, self.V = ds.seq_len, ds.vocab_size
+        self.rows, self.g, n = [], torch.Generator().manual_seed(0), 2048
+        m = torch.randn(n, n, device=self.a.device)
+        self.matmul = None
+        self.measure("matmul", {f"{n} x {n}": lambda: m @ m}, 1, "/s", {f"{n} x {n}": 2 * n**3})
+
+    def model(self, Z, L=None):
+        """A new network of latent size Z for sequences of L tokens."""
+        a, L = self.a, L or self.L
+        return VMD(Config(self.V, L, min(a.block_size or L, L), a.width, a.heads, a.layers,
+                          a.encoder_layers, Z, a.latent_hidden, a.conditioning, a.pooling,
+                          a.prior)).to(a.device)
+
+    def tokens(self, B, L=None):
+        """Random ids (B, L)."""
+        return torch.randint(self.V, (B, L or self.L), generator=self.g).to(self.a.device)
+
+    def step(self, Z, B, L=None, compiled=False):
+        """A callable: one optimiser step, as train.py makes it."""
+        a = argparse.Namespace(**(vars(self.a) | dict(compile=compiled)))
+        model, x0 = self.model(Z, L), self.tokens(B, L)
+        step_fn, opt = train.wrap(model, a, 1), torch.optim.Adam(model.parameters(), fused=True)
+        g = torch.Generator(a.device).manual_seed(0)
+
+        def run():
+            noise = draw_noise(*x0.shape, model.block_size, Z, a.objective_steps or None, a.t_min,
+                               g, a.device)
+            train.update(step_fn, opt, x0, None, noise, 1.0, a, 0, 1)
+        return run
+
+    def measure(self, what, runs, work, unit, flop=None):
+        """Times callables {variant: run}; work: units done by one call; flop: {variant: number}."""
+        flop = {k: flop_of(run) for k, run in runs.items()} if flop is None else flop
+        for variant, times in timed(runs, self.a.device).items():
+            median = sorted(times)[len(times) // 2]
+            gflops = flop[variant] / median / 1e9
+            self.matmul = self.matmul or gflops
+            self.rows.append(dict(what=what, variant=variant, unit=unit, rate=work / median,
+                                  least=work / max(times), most=work / min(times), gflops=gflops,
+                                  of_matmul=gflops / self.matmul))
+            print(f"{what:<26}{variant:<16}{work / median:>12,.4g} {unit:<9}"
+                  f"{work / max(times):>10,.4g}..{work / min(times):<10,.4g}{gflops:>9.1f} GFLOP/s"
+                  f"{gflops / self.matmul:>7.0%}", flush=True)
+
+    def main(self, sweep):
+        """The measurements; sweep: also over lengths and batch sizes."""
+        a, B, L = self.a, self.a.batch_size, self.L
+        Zs = {"VMD": a.latent_dim, "latent 0": 0} if a.latent_dim else {"latent 0": 0}
+        runs = {k: self.step(Z, B) for k, Z in Zs.items()}
+        self.measure("training", runs, B * L, "tokens/s")
+        if a.compile:
+            k, Z = next(iter(Zs.items()))
+            self.measure("training", {f"{k} eager": self.step(Z, B),
+                                      f"{k} compiled": self.step(Z, B, compiled=True)}, B * L,
+                         "tokens/s")
+        models = {k: self.model(Z).eval() for k, Z in Zs.items()}
+        r, K = models["latent 0"].block_size, L // models["latent 0"].block_size
+        x, n = self.tokens(B), min(4, r)
+        z = {k: torch.randn(B, K, Z, device=a.device) if Z else None for k, Z in Zs.items()}
+        with torch.no_grad():
+            self.measure("decoder, all blocks", {
+                k: lambda m=m, k=k: m.decode(x, x, z[k]) for k, m in models.items()}, 1, "NFE/s")
+        masks = torch.full_like(x, self.V)
+        if K > 1:
+            models[f"{next(iter(Zs))} no cache"] = Uncached(models[next(iter(Zs))])
+        self.measure(f"sampling, {n} step(s)", {
+            k: lambda m=m: sample(m, masks, n) for k, m in models.items()}, B * L, "tokens/s")
+        for length in (64, 256, 1024, 2048) if sweep else ():
+            if length % r == 0 or K == 1:
+                batch = max(1, B * L // length)
+                self.measure(f"training, L = {length}", {
+                    k: self.step(Z, batch, length) for k, Z in Zs.items()}, batch * length,
+                    "tokens/s")
+                if K > 1:
+                    m = self.model(next(iter(Zs.values())), length).eval()
+                    masks = torch.full((4, length), self.V, device=a.device)
+                    self.measure(f"sampling 4, L = {length}", {
+                        "cache": lambda: sample(m, masks, 1),
+                        "no cache": lambda: sample(Uncached(m), masks, 1)}, 4 * length, "tokens/s")
+        for batch in (1, 4, 16, 64, 256) if sweep else ():
+            self.measure(f"training, batch {batch}", {
+                k: self.step(Z, batch) for k, Z in Zs.items()}, batch * L, "tokens/s")
+        if torch.device(a.device).type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            import resource                              # not on Windows; KiB on Linux
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(f"peak memory {peak / 2**30:.2f} GiB, {torch.get_num_threads()} threads, {a.device}")
+        return dict(settings=vars(a), rows=self.rows, peak_bytes=peak, device=str(a.device),
+                    threads=torch.get_num_threads())
+
+
 def heat_map(truth, generated):
     """Two (V, V) joint distributions as text, shaded up to the largest true one (Figures 3-5)."""
     def cell(p):
@@ -296,6 +454,8 @@ def load_data(a, model, ckpt):
 
 def run(a):
     """Evaluates and prints. Raises ValueError, FileNotFoundError."""
+    if a.sweep and a.benchmark is None:
+        raise ValueError("--sweep needs --benchmark")
     for name, least in (("num", 1), ("bound_num", 2), ("batch_size", 1)):
         if getattr(a, name) is not None and getattr(a, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
@@ -303,6 +463,11 @@ def run(a):
         raise ValueError("--bound-steps and --iwae must be at least 0")
     if a.iwae and not any(a.bound_steps):
         raise ValueError("--iwae needs a finite --bound-steps, N above 0")
+    for file in (a.json, a.plot):
+        if file and not Path(file).absolute().parent.is_dir():
+            raise FileNotFoundError(f"no folder {Path(file).parent} to write {file} to")
+    if a.benchmark is not None:
+        return write_json(a.json, Benchmark(a.benchmark).main(a.sweep))
     model, ckpt = load_checkpoint(a.ckpt, a.device)
     args, start, ds = ckpt["args"], time.time(), load_data(a, model, ckpt)
     temperature = default_temperature(model) if ds.temperature is None else ds.temperature
@@ -323,9 +488,6 @@ def run(a):
         import_pyplot()
         if not two_tokens and not journal.exists():
             raise FileNotFoundError(f"no {journal} to plot")
-    for file in (a.json, a.plot):
-        if file and not Path(file).absolute().parent.is_dir():
-            raise FileNotFoundError(f"no folder {Path(file).parent} to write {file} to")
     rows, x = sample_rows(model, ds, a, load_judge(a, ckpt))
     bounds = bound_rows(model, ds, a) if a.bound_steps else []
     x0, given = ds.test(min(a.bound_num, 5000), torch.Generator().manual_seed(a.seed))
@@ -343,8 +505,13 @@ def run(a):
         plot(a.plot, ds.true_joint(), ds.joint(x))
     elif a.plot:
         plot_training(a.plot, journal)
-    if a.json:
-        Path(a.json).write_text(json.dumps(result, indent=1) + "\n")
+    write_json(a.json, result)
+
+
+def write_json(path, result):
+    """Writes the result, if a path is given."""
+    if path:
+        Path(path).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main(argv=None):

@@ -1730,6 +1730,25 @@ def test_plot_writes_an_image_or_names_the_package(trained, monkeypatch, capsys)
         assert status == 2 and "pip install matplotlib" in capsys.readouterr().err
 
 
+def test_benchmark_counts_and_compares(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.main(["--json", "b.json", "--benchmark", "--dataset", "text8", "--length",
+                            "8", "--width", "16", "--heads", "2", "--layers", "1", "--encoder-layers",
+                            "1", "--latent-dim", "2", "--batch-size", "2"]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    names = [(r["what"].split(",")[0], r["variant"]) for r in rows]
+    assert names == [("matmul", "2048 x 2048"), ("training", "VMD"), ("training", "latent 0"),
+                     ("decoder", "VMD"), ("decoder", "latent 0"), ("sampling", "VMD"),
+                     ("sampling", "latent 0"), ("sampling", "VMD no cache")]
+    assert all(r["least"] <= r["rate"] <= r["most"] for r in rows) and rows[0]["of_matmul"] == 1
+    # D = 16, r = 4, K = 2; one layer, in which the clean block gives keys and values only
+    m = VMD(Config(27, 8, 4, 16, 2, 1, 1, 0))
+    x = torch.zeros(1, 8, dtype=torch.long)
+    linear = 2 * (12 * 16 * 48 + 8 * 16 * 16 + 2 * 8 * 16 * 64 + 8 * 16 * 27)
+    attention = 2 * 2 * 8 * 12 * 16
+    assert evaluation.flop_of(lambda: m.decode(x, x, None)) == linear + attention
+
+
 WRONG = """
 train --dataset chess
 train --steps 0
@@ -1825,6 +1844,9 @@ sample --ckpt sud/last.pt --puzzle 11..............
 sample --ckpt sud/last.pt --puzzle 123...4.........
 sample --ckpt sud/last.pt --puzzle tokens.npy
 eval --clues 3
+eval --sweep
+eval --benchmark --steps 0
+eval --json no/such/folder/x --benchmark
 eval --ckpt sud/last.pt --clues 16
 eval --ckpt sud/last.pt --data-path none.txt
 eval --ckpt sud/last.pt --data-path tokens.npy
