@@ -1733,8 +1733,8 @@ def test_plot_writes_an_image_or_names_the_package(trained, monkeypatch, capsys)
 def test_benchmark_counts_and_compares(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert evaluation.main(["--json", "b.json", "--benchmark", "--dataset", "text8", "--length",
-                            "8", "--width", "16", "--heads", "2", "--layers", "1", "--encoder-layers",
-                            "1", "--latent-dim", "2", "--batch-size", "2"]) == 0
+                            "8", "--width", "16", "--heads", "2", "--layers", "1",
+                            "--encoder-layers", "1", "--latent-dim", "2", "--batch-size", "2"]) == 0
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     names = [(r["what"].split(",")[0], r["variant"]) for r in rows]
     assert names == [("matmul", "2048 x 2048"), ("training", "VMD"), ("training", "latent 0"),
