@@ -1027,7 +1027,7 @@ def fetch(url, part):
         if r.status_code == 416:                         # nothing follows: whole, or not its start
             if r.headers.get("Content-Range", "").endswith(f"/{have}"):
                 return
-            part.unlink()
+            part.unlink(missing_ok=True)
         r.raise_for_status()
         if "html" in r.headers.get("Content-Type", ""):
             raise ValueError(f"{url} answered with a web page, not with the file: see it in a "
@@ -1035,7 +1035,7 @@ def fetch(url, part):
         resumed = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(
             f"bytes {have}-")
         if r.status_code == 206 and not resumed:
-            part.unlink()
+            part.unlink(missing_ok=True)
             raise requests.ConnectionError("a range that was not asked for")
         have = have if resumed else 0
         length = r.headers.get("Content-Length")
