@@ -635,4 +635,11 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "WORLD_SIZE" in os.environ:
+        # DistributedDataParallel keeps its process group and so gloo's threads, which may still
+        # drop tensors: in an interpreter that is shutting down that aborts the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
