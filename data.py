@@ -40,9 +40,13 @@ DATASETS = SYNTHETIC + ("sudoku", "text8", "lm1b", "text", "array")
 OPTIONS = {  # what `load` takes, by dataset
     "pairs_strength": ("strength",), "needle": ("length",), "array": ("data_path", "vocab_size"),
     "text8": ("length", "data_dir"), "lm1b": ("length", "data_dir"),
-    "text": ("length", "data_path", "alphabet"),
-    "sudoku": ("grid", "layout", "clues", "source", "puzzles", "data_path", "data_dir")}
+    "text": ("length", "data_path", "alphabet", "max_gib"),
+    "sudoku": ("grid", "layout", "clues", "source", "puzzles", "data_path", "data_dir", "max_gib")}
+TYPES = {  # of these options
+    "strength": (float, int), "max_gib": (float, int), "data_path": (str, Path),
+    "data_dir": (str, Path), "alphabet": str, "layout": str, "source": str}  # the others: int
 MAX_VOCAB = 1_000_000
+MAX_GIB = 1.0  # largest text or CSV file that is read into memory
 KL_FLOOR = 1e-12  # least generated probability; the paper's 25.3 is log(0.1 / 1e-12)
 
 
@@ -126,10 +130,10 @@ class Array:
     def __init__(self, path, vocab_size=None):
         if not path:
             raise ValueError("dataset array needs --data-path FILE.npy")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no array at {path}; make one: numpy.save(path, x)")
         try:
             x = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no array at {path}; make one: numpy.save(path, x)") from None
         except Exception as e:  # a damaged file makes numpy raise almost anything
             raise ValueError(f"{path} is no plain .npy array: {str(e)[:100]!r}") from None
         what = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else "an archive of several"
@@ -435,6 +439,15 @@ def parse_boards(texts, n, where):
     raise ValueError(f"{where(bad)}: {wrong!r} is no cell: 1..{n}, or . or 0 for a blank")
 
 
+def check_size(path, max_gib=MAX_GIB):
+    """Raises FileNotFoundError without a file at path, ValueError if it is larger than allowed."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    have = Path(path).stat().st_size / 2**30
+    if have > max_gib:
+        raise ValueError(f"{path} has {have:.3g} GiB; --max-gib allows {max_gib:g}")
+
+
 def lines_with_boards(path, n):
     """Yields the number and the one or two boards, as strings, of each line of a text file.
 
@@ -481,6 +494,7 @@ def puzzles_to_solve(text, n):
     """
     rows = [("the puzzle", [text])]
     if Path(text).is_file():
+        check_size(text)
         rows = [(f"{text}, line {i}", boards) for i, boards in lines_with_boards(text, n)]
     if not rows:
         raise ValueError(f"{text} holds no puzzle of {n * n} characters")
@@ -493,10 +507,9 @@ def puzzles_to_solve(text, n):
     return puzzles
 
 
-def read_puzzles(path, n):
+def read_puzzles(path, n, max_gib=MAX_GIB):
     """Puzzles and solutions of a file -> (2, N, n n) uint8; .npy: `read_shah`, else `read_text`."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file of puzzles at {path}")
+    check_size(path, math.inf if str(path).endswith(".npy") else max_gib)
     return read_shah(path) if str(path).endswith(".npy") and n == 9 else read_text(path, n)
 
 
@@ -540,7 +553,7 @@ class Sudoku:
     score_num, bound_num, scored = 1000, 2000, True
 
     def __init__(self, grid=9, layout="prefix", clues=None, source="generated", puzzles=None,
-                 data_path=None, data_dir=".data"):
+                 data_path=None, data_dir=".data", max_gib=MAX_GIB):
         if grid not in BOXES or layout not in LAYOUTS or source not in SOURCES:
             raise ValueError(f"grid {grid} must be one of {tuple(BOXES)}, layout {layout!r} of "
                              f"{LAYOUTS}, source {source!r} of {SOURCES}")
@@ -556,12 +569,13 @@ class Sudoku:
         self.seq_len = 2 * self.cells + 2 if prefix else self.cells
         self.prefix_len = self.cells + 1 if prefix else 0
         self.source, self.data_path, self.data_dir = source, data_path, data_dir
+        self.max_gib = max_gib
         self.puzzles = 100_000 if puzzles is None else puzzles
 
     @cached_property
     def split(self):
         """Training and test puzzles of a source without a split of its own, (2, N, n n) uint8."""
-        every = (read_puzzles(self.data_path, self.grid) if self.data_path else
+        every = (read_puzzles(self.data_path, self.grid, self.max_gib) if self.data_path else
                  cached_puzzles(self.grid, self.puzzles, 0, self.data_dir))
         test = held_out(every[1])
         if test.all() or not test.any():
@@ -573,7 +587,8 @@ class Sudoku:
         if self.source == "generated":
             return torch.from_numpy(self.split[i])
         url, file, sha256 = DOWNLOADS[self.source][i]
-        return torch.from_numpy(read_puzzles(download(url, Path(self.data_dir) / file, sha256), 9))
+        path = download(url, Path(self.data_dir) / file, sha256)
+        return torch.from_numpy(read_puzzles(path, 9, self.max_gib))
 
     train_set = cached_property(lambda self: self.part(0))    # read when first needed
     test_set = cached_property(lambda self: self.part(1))
@@ -883,7 +898,7 @@ class Text:
     score_num, bound_num, scored = 256, 2000, False
 
     def __init__(self, name, length=None, data_path=None, alphabet=None, vocab=None,
-                 data_dir=".data"):
+                 data_dir=".data", max_gib=MAX_GIB):
         self.name, L = name, length or (128 if name == "lm1b" else 256)
         if L < (3 if name == "lm1b" else 1):
             raise ValueError(f"length {L} is too short")
@@ -897,7 +912,7 @@ class Text:
             self.vocab, width = list(ALPHABET), L
             splits = ids[:90_000_000], ids[90_000_000:95_000_000], ids[95_000_000:]
         else:
-            ids, self.vocab = self.read_file(data_path, alphabet, vocab)
+            ids, self.vocab = self.read_file(data_path, alphabet, vocab, max_gib)
             width, n = L, len(ids)
             splits = ids[: n * 90 // 100], ids[n * 90 // 100: n * 95 // 100], ids[n * 95 // 100:]
         self.vocab_size, self.seq_len = len(self.vocab), L
@@ -907,10 +922,11 @@ class Text:
                              f"each and have {', '.join(str(len(s)) for s in splits)}")
 
     @staticmethod
-    def read_file(path, alphabet, vocab):
+    def read_file(path, alphabet, vocab, max_gib):
         """Characters of a UTF-8 file -> ids (n,), vocabulary."""
         if not path:
             raise ValueError("dataset text needs --data-path FILE")
+        check_size(path, max_gib)
         try:
             text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as e:
@@ -1051,6 +1067,15 @@ def fetch(url, part):
             raise requests.ConnectionError(f"{got} bytes of {total}")
 
 
+def check_output(path):
+    """Raises OSError or ValueError unless `path`, a file to be written later, can be one."""
+    path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to write {path} to")
+    if path.is_dir() or "\0" in str(path):
+        raise ValueError(f"{path} is no file that can be written")
+
+
 def options(args):
     """The options of `load` that settings (a dict, as in a checkpoint) hold for their dataset."""
     return {k: args[k] for k in OPTIONS.get(args.get("dataset"), ()) if args.get(k) is not None}
@@ -1060,8 +1085,8 @@ def load(name, vocab=None, **given):
     """Dataset by name. Options, all with defaults but data_path of array and text:
 
     strength: p of pairs_strength, 0..1; length: L of needle; data_path, vocab_size: of `Array`;
-    grid, layout, clues, source, puzzles, data_path, data_dir: of `Sudoku`; length, data_path,
-    alphabet, data_dir, and vocab, where a checkpoint fixes it: of `Text`. Raises ValueError on an
+    grid, layout, clues, source, puzzles, data_path, data_dir, max_gib: of `Sudoku`; length,
+    data_path, alphabet, data_dir, max_gib, and vocab, where a checkpoint fixes it: of `Text`. Raises ValueError on an
     unknown name, an option of another dataset or an impossible value.
     """
     if name not in DATASETS:
@@ -1070,6 +1095,8 @@ def load(name, vocab=None, **given):
         if k not in OPTIONS.get(name, ()):
             owners = ", ".join(d for d in DATASETS if k in OPTIONS.get(d, ())) or "no dataset"
             raise ValueError(f"{k} is an option of {owners}, not of {name}")
+        if given[k] is not None and not isinstance(given[k], TYPES.get(k, int)):
+            raise ValueError(f"{k} cannot be {given[k]!r}")
     V, k = 10, torch.arange(10)[:, None]
     run = (k + torch.arange(4)) % V  # (10, 4): c, c+1, c+2, c+3
     if name == "sudoku":

@@ -204,7 +204,8 @@ def draw_tokens(logits, temperature, u):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)
+    logits = logits.double() - logits.amax(-1, keepdim=True)     # no overflow however cold
+    cdf = (logits / temperature).softmax(-1).cumsum(-1)
     u = (u.double() * cdf[..., -1])[..., None]
     return torch.searchsorted(cdf, u, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
 
@@ -232,8 +233,8 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     temperature = default_temperature(model) if temperature is None else temperature
     if remask not in REMASK or latent not in LATENT:
         raise ValueError(f"{remask!r} is not one of {REMASK}, or {latent!r} not one of {LATENT}")
-    if nfe < 1 or not 0 <= temperature < math.inf:
-        raise ValueError(f"nfe {nfe} must be at least 1, temperature {temperature} at least 0")
+    if not 1 <= nfe <= 10**6 or not 0 <= temperature < math.inf:
+        raise ValueError(f"nfe {nfe} must lie in 1..10^6, temperature {temperature} be at least 0")
     if x.shape[1] % model.block_size:
         raise ValueError(f"length {x.shape[1]} is no multiple of the block size {model.block_size}")
     (B, L), K, kw = x.shape, x.shape[1] // model.block_size, dict(generator=generator)

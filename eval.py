@@ -26,7 +26,7 @@ import data
 import train
 from diffusion import (LATENT, REMASK, active_units, default_temperature, draw_noise, iwae,
                        objective, sample)
-from model import VMD, Config, load_checkpoint, one_line
+from model import VMD, Config, complaint, load_checkpoint, one_line
 
 SHADES = " ░▒▓█"
 PERCENT = ("acc", "cond_acc", "exact", "valid", "cell", "distinct4")
@@ -378,7 +378,7 @@ def plot_training(path, log):
     """Accuracy of samples during training as an image file (Figure 6). log: a log.jsonl."""
     plt = import_pyplot()
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    curve = {r["step"]: r["eval"] for r in records if "eval" in r}   # a resumed run repeats steps
+    curve = {r["step"]: r["eval"] for r in records if "eval" in r}
     fig, ax = plt.subplots(figsize=(5, 3.4))
     for k in ("exact", "valid", "cell"):
         ax.plot(list(curve), [v[f"sampled_{k}"] for v in curve.values()], label=k)
@@ -456,16 +456,18 @@ def run(a):
     """Evaluates and prints. Raises ValueError, FileNotFoundError."""
     if a.sweep and a.benchmark is None:
         raise ValueError("--sweep needs --benchmark")
-    for name, least in (("num", 1), ("bound_num", 2), ("batch_size", 1)):
-        if getattr(a, name) is not None and getattr(a, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}")
-    if min(a.bound_steps, default=0) < 0 or a.iwae < 0:
-        raise ValueError("--bound-steps and --iwae must be at least 0")
+    for name, least in (("num", 1), ("bound_num", 2), ("batch_size", 1), ("iwae", 0)):
+        if not least <= (least if getattr(a, name) is None else getattr(a, name)) <= 10**9:
+            raise ValueError(f"--{name.replace('_', '-')} must lie in {least}..10^9")
+    if not all(0 <= n <= 10**6 for n in a.bound_steps):
+        raise ValueError("--bound-steps must lie in 0..10^6")
+    if "" in (a.data_path, a.judge, a.gen_ppl):
+        raise ValueError("--data-path, --judge or --gen-ppl is empty")
     if a.iwae and not any(a.bound_steps):
         raise ValueError("--iwae needs a finite --bound-steps, N above 0")
     for file in (a.json, a.plot):
-        if file and not Path(file).absolute().parent.is_dir():
-            raise FileNotFoundError(f"no folder {Path(file).parent} to write {file} to")
+        if file is not None:
+            data.check_output(file)
     if a.benchmark is not None:
         return write_json(a.json, Benchmark(a.benchmark).main(a.sweep))
     model, ckpt = load_checkpoint(a.ckpt, a.device)
@@ -518,8 +520,10 @@ def main(argv=None):
     """Returns the exit status."""
     try:
         run(build_parser().parse_args(argv))
-    except (ValueError, OSError) as e:
-        print(f"eval.py: {e}", file=sys.stderr)
+    except Exception as e:
+        if complaint(e) is None:
+            raise
+        print(f"eval.py: {complaint(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

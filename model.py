@@ -13,6 +13,8 @@ vocabulary. Data ids are 0..V-1; the mask has id V and is never an output. t run
 autoregressive (r = 1).
 """
 
+import os
+import warnings
 from dataclasses import dataclass, fields
 
 import torch
@@ -58,6 +60,8 @@ class Config:
             if f.type is int and getattr(self, f.name) < low.get(f.name, 1):
                 least = low.get(f.name, 1)
                 raise ValueError(f"{f.name} must be at least {least}, not {getattr(self, f.name)}")
+            if f.type is int and getattr(self, f.name) > 10**6:
+                raise ValueError(f"{f.name} must be at most 10^6, not {getattr(self, f.name)}")
         if self.seq_len % self.block_size:
             raise ValueError(f"block_size {self.block_size} does not divide length {self.seq_len}")
         if self.width % (2 * self.heads):
@@ -381,6 +385,17 @@ def one_line(error):
     return ((str(error) or repr(error)).splitlines() or [""])[0][:120]
 
 
+def complaint(error):
+    """What a user can do something about, as one line for the terminal; None: a defect."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError)):
+        return text
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(
+            word in text for word in ("memory", "Storage size calculation overflowed")):
+        return "out of memory; a smaller --batch-size or, in training, --grad-accum needs less"
+    return None
+
+
 def usable(device):
     """Returns the name of a torch device, or raises ValueError if it cannot be used here."""
     try:
@@ -398,10 +413,11 @@ def load_checkpoint(path, device="cpu", ema=True):
     used or the file is not such a checkpoint.
     """
     usable(device)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no checkpoint at {path}; make one: python train.py")
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no checkpoint at {path}; make one: python train.py") from None
+        with warnings.catch_warnings(action="ignore"):   # about pickles that are not ours
+            ckpt = torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # a damaged file makes torch.load raise almost anything
         raise ValueError(f"{path} is not a readable checkpoint: {one_line(e)}") from None
     if not isinstance(ckpt, dict) or ckpt.get("version") != CHECKPOINT_VERSION:
@@ -414,12 +430,23 @@ def load_checkpoint(path, device="cpu", ema=True):
         raise ValueError(f"{path} is no checkpoint of train.py: missing, unknown or of a wrong "
                          f"type are {one_line(', '.join(sorted(map(str, odd))))}")
     try:
-        model = VMD(Config(**ckpt["config"])).to(device)
+        config = Config(**ckpt["config"])
+        if max(config.layers, config.encoder_layers) > len(ckpt["model"]):
+            raise ValueError("more layers than weights")
+        with torch.device("meta"):                       # nothing is allocated for a forged size
+            model = VMD(config)
     except (TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{path} holds no possible configuration: {one_line(e)}") from None
+    vocab = ckpt["vocab"]
+    if vocab is not None and (len(vocab) != config.vocab_size
+                              or not all(isinstance(c, str) for c in vocab)):
+        raise ValueError(f"{path} is damaged: its vocabulary is no list of {config.vocab_size} "
+                         "strings")
+    for weights in (ckpt["ema"], ckpt["model"]):
+        if weights is not None:
+            check_weights(path, weights, model.state_dict())
     weights = ckpt["ema"] if ema and ckpt["ema"] is not None else ckpt["model"]
-    check_weights(path, weights, model.state_dict())
-    model.load_state_dict(weights)
+    model.load_state_dict(dict(weights), assign=True)    # a copy: torch would note `assign` in it
     return model.eval(), ckpt
 
 

@@ -16,7 +16,7 @@ import torch
 
 import data
 from diffusion import LATENT, REMASK, default_temperature, sample
-from model import load_checkpoint
+from model import complaint, load_checkpoint
 
 
 def build_parser():
@@ -98,10 +98,11 @@ def show_boards(puzzles, answers, file):
 def run(a):
     """Prints the samples. Raises ValueError, FileNotFoundError."""
     a.num = a.num if a.num is not None else 1 if a.puzzle is not None else 10
-    if a.num < 1 or a.batch_size < 1:
-        raise ValueError(f"--num {a.num} and --batch-size {a.batch_size} must be at least 1")
-    if a.out and not Path(a.out).absolute().parent.is_dir():
-        raise FileNotFoundError(f"no folder {Path(a.out).parent} to write {a.out} to")
+    if not 1 <= a.num <= 10**9 or a.batch_size < 1:
+        raise ValueError(f"--num {a.num} must lie in 1..10^9, --batch-size {a.batch_size} be at "
+                         "least 1")
+    if a.out is not None:
+        data.check_output(a.out)
     model, ckpt = load_checkpoint(a.ckpt, a.device)
     name, c = ckpt["args"]["dataset"], model.config
     kind = data.Sudoku if name == "sudoku" else data.Text if ckpt["vocab"] else data.Synthetic
@@ -136,8 +137,10 @@ def main(argv=None):
     """Returns the exit status."""
     try:
         run(build_parser().parse_args(argv))
-    except (ValueError, OSError) as e:
-        print(f"sample.py: {e}", file=sys.stderr)
+    except Exception as e:
+        if complaint(e) is None:
+            raise
+        print(f"sample.py: {complaint(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -1473,6 +1474,79 @@ def test_two_processes_and_two_micro_batches_give_the_gradient_of_one(tmp_path):
             assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
+KILLS = """
+import os, random, signal, socket, sys, time
+import torch
+import train
+train.EVAL_SEQUENCES = 20
+train.announce = train.report = lambda *a: None      # seconds that no kill needs to hit
+torch.set_num_threads(1)                     # a fork copies no threads
+flags, out, kills, world = sys.argv[4:], sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+random.seed(out)
+
+def start(out, resume):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    pids = []
+    for rank in range(world):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            if world > 1:
+                os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), 1)
+            os._exit(train.main(["--resume", "--out", out] if resume else [*flags, "--out", out]))
+    return pids
+
+ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
+
+def stamp(path):
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else 0
+
+def wait(pids):
+    return [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids]
+
+began, last, loaded = time.time(), out + "/killed/last.pt", 0
+pids = start(out + "/whole", False)
+while not os.path.exists(out + "/whole/last.pt"):
+    time.sleep(0.01)
+first = time.time() - began                  # seconds to the first checkpoint
+assert wait(pids) == [0] * world
+rest = time.time() - began - first
+for i in range(kills):
+    before = stamp(last)
+    pids = start(out + "/killed", os.path.exists(last))
+    if i % 2:                                # early: before, in or just after the first save
+        time.sleep(random.uniform(0, first))
+    else:                                    # late: at any moment after that
+        while stamp(last) == before and not os.waitid(os.P_PID, pids[0], ENDED):
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, rest / kills))
+    for p in pids:
+        os.kill(p, signal.SIGKILL)
+    assert set(wait(pids)) <= {0, -9}, "a resumed run failed"
+    if os.path.exists(last):
+        loaded += train.load_checkpoint(last)[1]["step"] > 0
+assert wait(start(out + "/killed", os.path.exists(last))) == [0] * world
+print(loaded)
+"""
+
+
+@pytest.mark.parametrize("kills, world, ema", [(24, 1, "0"), (24, 1, "0.9"), (3, 2, "0.9")])
+def test_training_survives_kills_at_any_moment(tmp_path, kills, world, ema):
+    flags = FAST + ["--steps", "100", "--log-every", "1", "--eval-every", "1", "--ema", ema]
+    done = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path), str(kills), str(world),
+                           *flags], cwd=HERE, capture_output=True, text=True, timeout=280,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) == kills                     # each left a checkpoint that loads
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert a["step"] == b["step"] == 100
+    assert same(a["model"], b["model"]) and (ema == "0" or same(a["ema"], b["ema"]))
+    steps = [json.loads(s)["step"] for s in open(tmp_path / "killed" / "log.jsonl")]
+    assert steps == sorted(steps) and steps[-1] == 100   # no line is lost, cut or there twice
+
+
 def test_schedules():
     a = train.settle("--decay-from 0 --kl-start 0.01 --kl-weight 4 --kl-ramp 0.2 0.6 --lr 0.1 "
                      "--warmup 10 --steps 110 --schedule cosine".split())[0]
@@ -1490,18 +1564,21 @@ def test_schedules():
     assert train.lr_at(109, a) == 0.1
 
 
-def test_a_non_finite_gradient_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys,
-                                                                        monkeypatch):
+@pytest.mark.parametrize("term, factors", [("reconstruction", (1, math.nan, 1)),
+                                           ("KL", (1, 1, math.inf)), ("gradient", (1e38, 1, 1))])
+def test_what_is_not_finite_stops_training_and_the_last_good_checkpoint_stays(
+        tmp_path, capsys, monkeypatch, term, factors):
     plain = train.objective
 
     def poisoned(*args):
         poisoned.calls += 1
-        return [v * (math.nan if poisoned.calls == 5 else 1) for v in plain(*args)]
+        return [v * (f if poisoned.calls == 5 else 1) for v, f in zip(plain(*args), factors)]
     poisoned.calls = 0
     monkeypatch.setattr(train, "objective", poisoned)
     monkeypatch.setattr(train, "evaluate", lambda *a, **k: dict(loss=1.0, active=[1]))
     assert train.main(FAST + ["--out", str(tmp_path)]) == 1
-    assert "non-finite" in capsys.readouterr().out
+    message = f"the {term} is not finite at step 5; {tmp_path}/last.pt is from before it"
+    assert message in capsys.readouterr().out
     kept = weights(tmp_path)
     assert kept["step"] == 3 and all(v.isfinite().all() for v in kept["model"].values())
 
@@ -1864,22 +1941,134 @@ eval --data-path tokens.npy
 """
 
 
+SCRIPTS = dict(train=train, sample=sampling, eval=evaluation)
+
+
+def status_of(capsys, script, flags):
+    """Exit status, after checking that 2 comes with one line on stderr."""
+    try:
+        status = SCRIPTS[script].main(flags)
+    except SystemExit as e:        # argparse's own way out
+        status = e.code
+    err = capsys.readouterr().err.strip()
+    assert status != 2 or "\n" not in err and err.startswith(f"{script}.py: "), (flags, err)
+    return status
+
+
+def files(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 @pytest.mark.parametrize("command", WRONG.strip().splitlines())
 def test_wrong_input_gets_one_line_and_status_2(trained, monkeypatch, capsys, command):
     script, *flags = shlex.split(command)
     monkeypatch.chdir(trained)
-    before = {p: p.read_bytes() for p in (trained / "out").iterdir()}
-    main = dict(train=train, sample=sampling, eval=evaluation)[script].main
-    try:
-        status = main(flags)
-    except SystemExit as e:        # argparse's own way out
-        status = e.code
-    err = capsys.readouterr().err.strip()
-    assert status == 2 and err.count("\n") == 0 and err.startswith(f"{script}.py: "), err
-    assert before == {p: p.read_bytes() for p in (trained / "out").iterdir()}
+    before = files(trained / "out")
+    assert status_of(capsys, script, flags) == 2
+    assert before == files(trained / "out")
 
 
-def test_a_bad_checkpoint_is_named_and_runs_nothing(tmp_path):
+def wrong_values():
+    """Every flag of every script with values that are wrong for its type."""
+    huge, may = "99999999999999999999", {"train --seed -1", "sample --seed -1", "eval --seed -1"}
+    for script, module in SCRIPTS.items():
+        may |= {f"{script} {f}" for f in (f"--batch-size {huge}", "--out none/x", "--out /dev/null",
+                                          "--json /dev/null", "--plot /dev/null")}
+        for action in module.build_parser()._actions:
+            values = (["nope", ""] if action.choices else
+                      ["x", "", "1.5", "-1", huge] if action.type is int else
+                      ["x", "", "nan", "inf", "-1", "-inf"] if action.type is float else
+                      ["none/x", "/dev/null", "x\n\0y", ""])
+            if action.dest not in ("help", "benchmark", "prompt", "data_dir") and action.nargs != 0:
+                for value in values:
+                    flag = action.option_strings[-1].replace("--no-", "--")
+                    if f"{script} {flag} {value}" not in may and flag != "--compile":
+                        yield script, [flag, *[value] * (2 if action.nargs == 2 else 1)]
+
+
+def test_every_flag_refuses_wrong_values(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    before, count = files(trained), 0
+    for script, flags in wrong_values():
+        flags = [f"{flags[0]}={flags[1]}"] if len(flags) == 2 else flags
+        base = ["--steps", "1", "--batch-size", "8"] if script == "train" else []
+        assert status_of(capsys, script, base + flags) == 2, (script, flags)
+        count += 1
+    assert count > 250 and before == files(trained)
+
+
+def test_random_input_is_right_or_refused(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    before, rng, seen = files(trained), np.random.default_rng(0), []
+
+    def word(alphabet, longest):
+        return "".join(rng.choice(list(alphabet), rng.integers(longest + 1)))
+    for _ in range(40):
+        seen += [status_of(capsys, "sample", ["--ckpt", "sud/last.pt", f"--puzzle={text}"]) for text
+                 in (word("1234.0", 16).ljust(16, "."), word("12345.\n x", 18))]
+        seen += [status_of(capsys, "sample", ["--num", "1", f"--infill={word('0123 _-', 5)}"]),
+                 status_of(capsys, "sample", ["--num", "1", "--ckpt", "txt/last.pt",
+                                              f"--prompt={word('abcxyz A_', 18)}"])]
+    assert set(seen) == {0, 2} and min(seen.count(0), seen.count(2)) > 20
+    assert before == files(trained)
+
+
+def test_damaged_data_files_are_refused_and_run_nothing(trained, tmp_path, monkeypatch, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "pwned"),))
+    monkeypatch.chdir(tmp_path)
+    rng, good = np.random.default_rng(0), (trained / "tokens.npy").read_bytes()
+    arrays = dict(real=np.ones((9, 4)), cube=np.ones((3, 3, 3), int), flat=np.ones(9, int),
+                  negative=-np.ones((9, 4), int), large=np.full((9, 4), 10**7),
+                  single=np.ones((1, 4), int), none=np.ones((0, 4), int),
+                  narrow=np.ones((9, 0), int), text=np.array([["a"], ["b"]]),
+                  record=np.ones((9, 4), "i4,i4"), bomb=np.array([[Bomb()], [1]], object))
+    for name, x in arrays.items():
+        np.save(f"{name}.npy", x)
+    np.savez("archive.npz", np.ones((9, 4), int))
+    for i, cut in enumerate(rng.integers(0, len(good) - 1, 20)):
+        Path(f"cut{i}.npy").write_bytes(good[:cut])
+    Path("bomb.pkl").write_bytes(pickle.dumps(Bomb()))
+    Path("noise.bin").write_bytes(rng.bytes(5000))
+    os.mkfifo("pipe")
+    names = sorted(p.name for p in tmp_path.iterdir())
+    for name in names:
+        for flags in (["array"], ["sudoku", "--grid", "9"], ["sudoku", "--grid", "4"],
+                      ["text", "--length", "4"]):
+            assert status_of(capsys, "train", ["--steps", "1", "--dataset", *flags,
+                                               "--data-path", name]) == 2, (name, flags)
+        for script, flag in (("train", "--init-from"), ("sample", "--ckpt"), ("eval", "--ckpt"),
+                             ("eval", "--judge")):
+            assert status_of(capsys, script, [flag, name]) == 2, (name, flag)
+    # one byte of the header changed: still an array, or refused
+    for at in rng.integers(0, 100, 40):
+        flipped = good[:at] + bytes([good[at] ^ 1 << rng.integers(7)]) + good[at + 1:]
+        Path("flip.npy").write_bytes(flipped)
+        try:
+            data.load("array", data_path="flip.npy")
+        except ValueError:
+            pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, "flip.npy"])
+
+
+def test_files_above_the_limit_are_refused_unread(tmp_path, capsys):
+    big = tmp_path / "big.txt"
+    with open(big, "wb") as f:
+        f.truncate(2**31)                                # takes no room on the disk
+    for name in ("sudoku", "text"):
+        with pytest.raises(ValueError, match="2 GiB; --max-gib allows 1"):
+            data.load(name, data_path=big, max_gib=1.0).about
+    with pytest.raises(ValueError, match="--max-gib"):
+        data.puzzles_to_solve(str(big), 4)
+    big.write_text("abcd" * 200)
+    assert train.main(FAST + ["--dataset", "text", "--data-path", str(big), "--length", "8",
+                              "--max-gib", "1e-7", "--out", str(tmp_path)]) == 2
+    assert "--max-gib" in capsys.readouterr().err
+    assert data.load("text", data_path=big, length=8, max_gib=1e-6).vocab_size == 4
+
+
+def test_a_bad_checkpoint_is_named_and_runs_nothing(tmp_path, capsys):
     class Bomb:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "pwned"),))
@@ -1904,12 +2093,61 @@ def test_a_bad_checkpoint_is_named_and_runs_nothing(tmp_path):
     for bad, value in (("half", w.half()), ("nan", w * math.nan), ("shape", w[:1]), ("no", None)):
         torch.save(good | {"model": good["model"] | {name: value}}, tmp_path / f"{bad}.pt")
     torch.save(good | {"model": good["model"] | {"extra": w}}, tmp_path / "more.pt")
+    torch.save(good | {"ema": {}}, tmp_path / "average.pt")
+    for bad, change in (("huge", {"width": 10**6, "vocab_size": 10**6}), ("deep", {"layers": 9**6})):
+        torch.save(good | {"config": good["config"] | change}, tmp_path / f"{bad}.pt")
+    for bad, vocab in (("letters", ["a"] * 9), ("numbers", [1] * 10)):
+        torch.save(good | {"vocab": vocab}, tmp_path / f"{bad}.pt")
     for name in ("bomb", "future", "list", "noise", "stack", "empty", "short", "nothing", "wide",
-                 "odd", "none", "lacks", "surprise", "text", "half", "nan", "shape", "no", "more"):
+                 "odd", "none", "lacks", "surprise", "text", "half", "nan", "shape", "no", "more",
+                 "average", "huge", "deep", "letters", "numbers"):
         with pytest.raises(ValueError, match=name) as e:
             load_checkpoint(tmp_path / f"{name}.pt")
         assert "\n" not in str(e.value)
     assert not (tmp_path / "pwned").exists()
+    # what only --resume reads
+    state = good["optimizer"]["state"]
+    for name, change in (
+            ("steps", {"args": good["args"] | {"steps": "six"}}),
+            ("ramp", {"args": good["args"] | {"kl_ramp": [0.1, "x"]}}),
+            ("fewer", {"args": {k: v for k, v in good["args"].items() if k != "lr"}}),
+            ("dataset", {"args": good["args"] | {"dataset": "chess"}}),
+            ("rng", {"rng": {}}), ("bits", {"rng": good["rng"] | {"data": torch.zeros(3)}}),
+            ("optimizer", {"optimizer": {}}),
+            ("moment", {"optimizer": good["optimizer"] | {"state": state | {
+                0: state[0] | {"exp_avg": torch.zeros(1)}}}})):
+        (tmp_path / name).mkdir()
+        torch.save(good | change, tmp_path / name / "last.pt")
+        capsys.readouterr()
+        assert status_of(capsys, "train", ["--resume", "--out", str(tmp_path / name)]) == 2, name
+
+
+LIMITED = """
+import resource, signal, sys
+import train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)            # a write beyond the limit fails: disk full
+train.EVAL_SEQUENCES, plain = 20, train.save
+def save(path, state):
+    if state["step"] == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    plain(path, state)
+train.save = save
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("fault", ["disk full", "folder in the way"])
+def test_a_save_that_fails_says_so_and_leaves_the_old_checkpoint(tmp_path, fault):
+    flags = FAST + ["--eval-every", "2", "--out", str(tmp_path / "run")]
+    code = LIMITED
+    if fault != "disk full":                             # root may write to read-only folders
+        code = LIMITED.replace("resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))",
+                               "path.with_suffix('.tmp').mkdir()")
+    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=HERE, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("train.py: ") and "last.pt" in done.stderr
+    assert load_checkpoint(tmp_path / "run" / "last.pt")[1]["step"] == 2
 
 
 def test_a_save_that_dies_leaves_the_old_checkpoint(tmp_path, monkeypatch):

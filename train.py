@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import data
 from diffusion import active_units, draw_noise, objective, sample
-from model import (CHECKPOINT_VERSION, CONDITIONING, POOLING, PRIOR, VMD, Config, load_checkpoint,
-                   usable)
+from model import (CHECKPOINT_VERSION, CONDITIONING, POOLING, PRIOR, VMD, Config, complaint,
+                   load_checkpoint, one_line, usable)
 
 # Appendix C.1. What the paper leaves open: heads, how t is kept from 0.
 PAPER = dict(
@@ -105,6 +105,8 @@ def build_parser():
                    help="sudoku: generated here, or downloaded (Shah et al. 2024; sudoku-extreme); "
                    "default: generated")
     g.add_argument("--puzzles", type=int, help="sudoku: how many to generate; default: 100000")
+    g.add_argument("--max-gib", type=float,
+                   help="largest text or CSV file that is read, in GiB; default: 1")
     g.add_argument("--data-dir", metavar="DIR",
                    help="folder of generated and downloaded data; default: .data")
     g = p.add_argument_group("model (default: the preset's)")
@@ -190,7 +192,8 @@ def settle(argv=None):
                 raise ValueError(f"--{k.replace('_', '-')} {v} contradicts the run to resume, "
                                  f"which has {ckpt['args'].get(k)}")
         free = {k: v for k, v in given.items() if k in FREE_ON_RESUME}
-        resumed = argparse.Namespace(**(args | ckpt["args"] | free))
+        resumed = argparse.Namespace(**(ckpt["args"] | free))
+        check_types(ckpt["args"], f"{args['out']}/last.pt")
         check(resumed)
         if torch.device(resumed.device).type != torch.device(ckpt["args"]["device"]).type:
             raise ValueError(f"the run to resume used {ckpt['args']['device']}: its random "
@@ -207,18 +210,32 @@ def settle(argv=None):
     return args, None
 
 
+def check_types(saved, path):
+    """Raises ValueError unless a checkpoint's settings have the names and types of today's."""
+    fresh = {}
+    if saved["dataset"] in data.DATASETS:
+        fresh = vars(settle(["--dataset", saved["dataset"]])[0])
+    odd = [k for k in sorted(fresh.keys() | saved.keys()) if k not in fresh or k not in saved or (
+        type(saved[k]) is not type(fresh[k]) and None not in (saved[k], fresh[k]))]
+    if odd or [type(x) for x in saved["kl_ramp"]] != [float, float]:
+        raise ValueError(f"{path} is damaged or from another version of train.py: its settings "
+                         + ", ".join(odd or ["kl_ramp"]))
+
+
 def check(a):
     """Raises ValueError on settings that are out of range or contradict each other."""
     usable(a.device)
-    for k in ("steps", "batch_size", "grad_accum", "log_every", "eval_every"):
-        if getattr(a, k) < 1:
-            raise ValueError(f"--{k.replace('_', '-')} must be at least 1, not {getattr(a, k)}")
-    for k in ("lr", "kl_start"):
-        if not 0 < getattr(a, k) < math.inf:
-            raise ValueError(f"--{k.replace('_', '-')} must be above 0, not {getattr(a, k)}")
-    for k in ("kl_weight", "weight_decay", "clip", "warmup", "objective_steps"):
-        if not 0 <= getattr(a, k) < math.inf:
-            raise ValueError(f"--{k.replace('_', '-')} must be at least 0, not {getattr(a, k)}")
+    if "" in (a.out, a.init_from, a.data_path, a.data_dir):
+        raise ValueError("--out, --init-from, --data-path or --data-dir is empty")
+    for names, least, words in (
+            (("steps", "batch_size", "grad_accum", "log_every", "eval_every"), 1, "1 or more"),
+            (("lr", "kl_start"), sys.float_info.min, "above 0"),
+            (("kl_weight", "weight_decay", "clip", "warmup", "objective_steps"), 0, "0 or more")):
+        for k in names:
+            most = 1e9 if isinstance(getattr(a, k), int) else 1e30
+            if not least <= getattr(a, k) <= most:
+                raise ValueError(f"--{k.replace('_', '-')} must be {words}, at most {most:g}, not "
+                                 f"{getattr(a, k)}")
     if not 0 <= a.ema < 1 or not 0 < a.t_min < 1 or not 0 <= a.decay_from < 1:
         raise ValueError(f"--ema {a.ema} and --decay-from {a.decay_from} must lie in [0, 1), "
                          f"--t-min {a.t_min} in (0, 1)")
@@ -275,13 +292,22 @@ class Step(nn.Module):
 
 
 def save(path, state):
-    """Writes a checkpoint so that a kill at any moment leaves the old file or the new one."""
+    """Writes a checkpoint so that a kill at any moment leaves the old file or the new one.
+
+    Raises OSError, on a full disk for instance; the old file stays.
+    """
     tmp = path.with_suffix(".tmp")
-    with open(tmp, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
+    try:
+        with open(tmp, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:                 # torch.save hides an OSError behind its own
+        if tmp.is_file():
+            tmp.unlink()
+        why = e.__context__ if isinstance(e.__context__, OSError) else e
+        raise OSError(f"cannot write {path}: {one_line(why)}; what was there before stays") from None
 
 
 @torch.no_grad()
@@ -305,8 +331,8 @@ def evaluate(model, ds, a, samples=None):
     x0, given = ds.valid(samples or min(EVAL_SEQUENCES, ds.score_num), g)
     masked = torch.full_like(x0, ds.vocab_size)
     start = masked if given is None else torch.where(given, x0, masked)
-    x = sample(model, start.to(dev), ds.nfe, ds.remask, batch_size=a.batch_size,
-               generator=g).cpu()
+    x = sample(model, start.to(dev), ds.nfe, ds.remask, generator=g,
+               batch_size=max(a.batch_size, 2**16 // ds.seq_len)).cpu()
     return out | {f"sampled_{k}": v for k, v in ds.metrics(x, x0, given).items()}
 
 
@@ -401,11 +427,17 @@ def setup(a, ckpt):
         if asdict(config) != ckpt["config"]:
             raise ValueError(f"the data differs from what was trained on: {ckpt['config']}")
         model.load_state_dict(ckpt["model"])
-        opt.load_state_dict(ckpt["optimizer"])
-        for k, g in streams.items():
-            g.set_state(ckpt["rng"][k].cpu())
-        if ema:
-            ema.load_state_dict(ckpt["ema"])
+        try:
+            opt.load_state_dict(ckpt["optimizer"])
+            for p, state in opt.state.items():
+                if any(v.shape not in ((), p.shape) for v in state.values()):
+                    raise ValueError("a moment has not the shape of its parameter")
+            for k, g in streams.items():
+                g.set_state(ckpt["rng"][k].cpu())
+            if ema:
+                ema.load_state_dict(ckpt["ema"])
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
+            raise ValueError(f"{a.out}/last.pt is damaged: {one_line(e)}") from None
     return ds, model, opt, ema, streams
 
 
@@ -434,6 +466,20 @@ def move_aside(out):
         for p in old:
             p.rename(to / p.name)
         print(f"moved the earlier run in {out} to {to}")
+
+
+def trim(log, step):
+    """Drops from a log.jsonl what a killed run wrote after `step`, where its checkpoint is."""
+    def kept(line):
+        try:
+            return json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):        # cut by the kill
+            return False
+    if log.exists():
+        lines = [line + "\n" for line in log.read_text(errors="replace").splitlines() if kept(line)]
+        part = log.with_suffix(".tmp")
+        part.write_text("".join(lines))
+        os.replace(part, log)
 
 
 def update(step_fn, opt, x0, given, noise, kl_weight, a, rank, world):
@@ -527,6 +573,8 @@ def train(a, ckpt, rank, world):
         announce(a, model, ds, log)
         if ckpt is None:
             move_aside(out)
+        else:
+            trim(out / "log.jsonl", begin)
     judged, step_fn, start = ema or model, wrap(model, a, world), time.time()
 
     def state(step):
@@ -549,7 +597,7 @@ def train(a, ckpt, rank, world):
                     unit="step")
     with journal, progress as bar, stop_signals() as stop:
         recorder = Recorder(a, a.batch_size * ds.seq_len, begin, log, journal)
-        bad = torch.zeros((), dtype=torch.bool, device=a.device)
+        bad = torch.full((3,), math.inf, device=a.device)    # the first step that is not finite
         for step in range(begin, a.steps):
             kl_weight, lr = kl_weight_at(step / a.steps, a), lr_at(step, a)
             for group in opt.param_groups:
@@ -560,7 +608,8 @@ def train(a, ckpt, rank, world):
                                a.objective_steps or None, a.t_min, streams["noise"], a.device)
             terms, norm = update(step_fn, opt, x0, given, noise, kl_weight, a, rank, world)
             recorder.sums += terms
-            bad |= ~norm.isfinite()
+            finite = torch.stack([terms[1], terms[2], norm]).isfinite()
+            bad = torch.where(finite, bad, bad.clamp(max=step + 1))
             if ema:
                 update_average(ema, model, a.ema, step)
             bar.update()
@@ -568,10 +617,14 @@ def train(a, ckpt, rank, world):
             ending = stopped or done == a.steps
             if not (ending or done % a.log_every == 0 or done % a.eval_every == 0):
                 continue                                     # nothing is read back from the device
-            if bad.item():
-                loss = recorder.sums[0] / (done - recorder.since)
-                log(f"non-finite gradient by step {done} (loss {loss:.4g}); the last good "
-                    f"checkpoint, if any, is {out / 'last.pt'}; try a lower --lr or a --clip")
+            if world > 1:
+                dist.all_reduce(bad, dist.ReduceOp.MIN)
+            if bad.min() < math.inf:
+                term = ("reconstruction", "KL", "gradient")[bad.argmin()]
+                kept = out / "last.pt"
+                log(f"the {term} is not finite at step {bad.min():.0f}; "
+                    + (f"{kept} is from before it" if kept.exists() else "nothing was saved yet")
+                    + "; try a lower --lr or a --clip")
                 return 1
             if ending or done % a.log_every == 0:
                 if world > 1:
@@ -624,8 +677,10 @@ def main(argv=None):
             dist.init_process_group("nccl" if a.device.startswith("cuda") else "gloo",
                                     timeout=timedelta(days=1))   # downloads and data may take long
         return train(a, ckpt, rank, world)
-    except (ValueError, OSError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
+    except Exception as e:
+        if complaint(e) is None:
+            raise
+        print(f"train.py: {complaint(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
