@@ -118,7 +118,7 @@ class Synthetic:
 class Array:
     """The rows of an integer .npy array (N, L).
 
-    One row in ten, at least one, is held out for testing, by a fixed permutation. V is the largest
+    One row in ten, at least two, is held out for testing, by a fixed permutation. V is the largest
     id plus one unless vocab_size says more. Raises FileNotFoundError, or ValueError if the file is
     no (N, L) array of integers in 0..V-1. Pickled arrays are refused unread.
     """
@@ -139,13 +139,13 @@ class Array:
         what = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else "an archive of several"
         if not isinstance(x, np.ndarray) or x.ndim != 2 or x.dtype.kind not in "iu":
             raise ValueError(f"{path} must hold an (N, L) array of integers, not {what}")
-        if len(x) < 2 or x.shape[1] < 1:
-            raise ValueError(f"{path} must hold at least two sequences of one token, not {what}")
+        if len(x) < 3 or x.shape[1] < 1:
+            raise ValueError(f"{path} must hold at least three sequences of one token, not {what}")
         top = MAX_VOCAB if vocab_size is None else vocab_size
         if x.min() < 0 or x.max() >= top:
             raise ValueError(f"{path} has ids {x.min()}..{x.max()}; they must lie in 0..{top - 1}")
         self.seq_len, self.vocab_size = x.shape[1], vocab_size or int(x.max()) + 1
-        order, held = np.random.default_rng(0).permutation(len(x)), max(1, len(x) // 10)
+        order, held = np.random.default_rng(0).permutation(len(x)), max(2, len(x) // 10)
         self.x, self.test_rows, self.train_rows = x, order[:held], order[held:]
 
     def batch(self, n, generator=None):
@@ -445,7 +445,7 @@ def check_size(path, max_gib=MAX_GIB):
         raise FileNotFoundError(f"no file at {path}")
     have = Path(path).stat().st_size / 2**30
     if have > max_gib:
-        raise ValueError(f"{path} has {have:.3g} GiB; --max-gib allows {max_gib:g}")
+        raise ValueError(f"{path} has {have:.3g} GiB; train.py's --max-gib allows {max_gib:g}")
 
 
 def lines_with_boards(path, n):
@@ -899,7 +899,8 @@ class Text:
 
     def __init__(self, name, length=None, data_path=None, alphabet=None, vocab=None,
                  data_dir=".data", max_gib=MAX_GIB):
-        self.name, L = name, length or (128 if name == "lm1b" else 256)
+        default = 128 if name == "lm1b" else 256
+        self.name, L = name, default if length is None else length
         if L < (3 if name == "lm1b" else 1):
             raise ValueError(f"length {L} is too short")
         if name == "lm1b":
@@ -990,6 +991,9 @@ def distinct(have, n, generator=None):
 
 # ---- downloads
 
+TIMEOUT = 30  # seconds without an answer, or without another byte
+
+
 def sha256_of(path):
     """Hex digest of a file."""
     with open(path, "rb") as f:
@@ -1039,7 +1043,7 @@ def fetch(url, part):
     """One attempt of `download`: appends to `part` what is missing. Raises requests' exceptions."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=30) as r:
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as r:
         if r.status_code == 416:                         # nothing follows: whole, or not its start
             if r.headers.get("Content-Range", "").endswith(f"/{have}"):
                 return
@@ -1086,8 +1090,8 @@ def load(name, vocab=None, **given):
 
     strength: p of pairs_strength, 0..1; length: L of needle; data_path, vocab_size: of `Array`;
     grid, layout, clues, source, puzzles, data_path, data_dir, max_gib: of `Sudoku`; length,
-    data_path, alphabet, data_dir, max_gib, and vocab, where a checkpoint fixes it: of `Text`. Raises ValueError on an
-    unknown name, an option of another dataset or an impossible value.
+    data_path, alphabet, data_dir, max_gib, and vocab, where a checkpoint fixes it: of `Text`.
+    Raises ValueError on an unknown name, an option of another dataset or an impossible value.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset {name!r} is not one of {', '.join(DATASETS)}")

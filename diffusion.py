@@ -184,14 +184,12 @@ def active_units(model, x0, threshold=0.01, given=None, batch_size=1000):
     return (mu.var(dim=0, correction=0) > threshold).sum(-1)
 
 
-def confidence(probs, remask, order):
+def confidence(probs, remask):
     """Score by which masked positions are unmasked first, highest first (Section 3.3).
 
     probs (B, r, V) float64 -> (B, r). prob: probability of the most probable value; margin: its
-    lead over the second; random: `order` (B, r), given noise.
+    lead over the second.
     """
-    if remask == "random":
-        return order
     top = probs.topk(min(2, probs.shape[-1]), dim=-1).values
     return top[..., 0] - top[..., 1] if remask == "margin" and top.shape[-1] > 1 else top[..., 0]
 
@@ -258,28 +256,32 @@ def _sample(model, x, eps, u, order, nfe, remask, temperature, latent):
         zs = torch.cat([zs, eps[:, b, :1]], dim=1)  # (B, b + 1, Z), the last one not yet z^b
 
         def gaussian(i, guess=None):
-            """z^b from the prior, or from the encoder given a guess of x_0, (B, 1, Z)."""
+            """z^b from the prior, or from the encoder given a guess of x_0^b, (B, 1, Z)."""
             x_t = x[:, :end]
-            mu, logvar = model.prior(x_t, x_t, zs) if guess is None else model.encode(x_t, guess)
+            if guess is None:
+                mu, logvar = model.prior(x_t, x_t, zs)
+            else:
+                mu, logvar = model.encode(x_t, torch.cat([x[:, : b * r], guess], 1))
             return mu[:, -1:] + (0.5 * logvar[:, -1:]).exp() * eps[:, b, i, None]
 
-        z = gaussian(0) if model.latent_dim else None
+        z, guess = gaussian(0) if model.latent_dim else None, None
         M = (block == V).sum(1)
         for i, n in enumerate(range(nfe, 0, -1) if bool(M.any()) else ()):
             masked = block == V
             if i and z is not None and latent != "fixed":
-                guess = None
-                if latent == "encoder":
-                    guess = torch.cat([x[:, : b * r], torch.where(masked, best, block)], 1)
                 new = gaussian(i, guess)
                 z = torch.where(masked.any(1)[:, None, None], new, z)    # full rows keep theirs
             logits = model.decode_block(block, z, cache)
-            score = confidence(logits.double().softmax(-1), remask, order[:, own])
+            score = order[:, own]
+            if remask != "random":
+                score = confidence(logits.double().softmax(-1), remask)
             rank = score.masked_fill(~masked, -1).argsort(dim=1, descending=True, stable=True)
             rank = rank.argsort(dim=1)                                   # 0 for the highest score
             reveal = masked & (rank < (M * n // nfe - M * (n - 1) // nfe)[:, None])
-            tokens, best = draw_tokens(logits, temperature, u[:, own]), logits.argmax(-1)
+            tokens = draw_tokens(logits, temperature, u[:, own])
             block.copy_(torch.where(reveal, tokens, block))
+            if latent == "encoder":
+                guess = torch.where(block == V, logits.argmax(-1), block)
         zs = zs if z is None else torch.cat([zs[:, :-1], z], dim=1)
         cache.push(block.clone(), z)
     return x

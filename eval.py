@@ -11,9 +11,11 @@ solved; valid, rules and clues kept; cell, of the cells to fill; each with its s
 """
 
 import argparse
+import functools
 import itertools
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -104,9 +106,10 @@ def load_judge(a, ckpt):
         raise ValueError("--judge and --gen-ppl are for text, and one of the two can be given")
     if a.judge:
         judge, other = load_checkpoint(a.judge, a.device)
-        if judge.block_size != 1 or judge.latent_dim or other["vocab"] != ckpt["vocab"]:
+        if (judge.block_size != 1 or judge.latent_dim or other["vocab"] != ckpt["vocab"]
+                or judge.config.seq_len < ckpt["config"]["seq_len"]):
             raise ValueError(f"{a.judge} is no autoregressive model (--block-size 1 --latent-dim "
-                             "0) of the same vocabulary")
+                             "0) of the same vocabulary and at least the same length")
         return lambda x: torch.cat([own_perplexity(judge, part.to(a.device)).cpu()
                                     for part in x.split(a.batch_size)])
     if a.gen_ppl:
@@ -119,8 +122,9 @@ def load_judge(a, ckpt):
             lm = transformers.AutoModelForCausalLM.from_pretrained(a.gen_ppl).to(a.device).eval()
         except (OSError, ValueError) as e:
             raise ValueError(f"cannot load {a.gen_ppl}: {one_line(e)}") from None
-        return lambda x: torch.tensor([hf_perplexity(lm, tokenizer, text) for text in
-                                       data.texts(x, len(ckpt["vocab"]), ckpt["vocab"])])
+        return lambda x: torch.tensor([
+            hf_perplexity(lm, tokenizer, re.sub(r" ?\[(CLS|SEP)\] ?", " ", text).strip())
+            for text in data.texts(x, len(ckpt["vocab"]), ckpt["vocab"])])
     return None
 
 
@@ -141,9 +145,10 @@ def hf_perplexity(lm, tokenizer, text):
     Raises ValueError if the text is longer than the model can read, or has fewer than two tokens.
     """
     ids = tokenizer(text, return_tensors="pt").input_ids.to(lm.device)
-    if not 2 <= ids.shape[1] <= lm.config.max_position_embeddings:
+    most = getattr(lm.config, "max_position_embeddings", math.inf)
+    if not 2 <= ids.shape[1] <= most:
         raise ValueError(f"a sample of {ids.shape[1]} tokens cannot be scored by a model that "
-                         f"reads {lm.config.max_position_embeddings}")
+                         f"reads 2 to {most}")
     return lm(ids, labels=ids).loss.exp().item()
 
 
@@ -162,7 +167,7 @@ def sample_rows(model, ds, a, judge=None):
         how = (nfe, remask, "fixed" if latent == "none" else latent, temperature)
         clock, x = time.time(), generate(model, start, a, *how)
         first = x if first is None else first
-        row = dict(nfe=nfe, remask=remask, temperature=temperature, latent=latent,
+        row = dict(nfe=nfe, remask=remask, temperature=temperature, latent=latent, num=len(x),
                    **ds.metrics(x, x0, given))
         if judge:
             ppl = judge(x)
@@ -225,7 +230,8 @@ class Uncached:
 def timed(runs, device, rounds=5):
     """Seconds of each callable, {name: list}, called in turn so that noise hits all alike."""
     out = {name: [] for name in runs}
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    cuda = torch.device(device).type == "cuda"
+    wait = functools.partial(torch.cuda.synchronize, device) if cuda else lambda: None
     for i in range(rounds + 1):
         for name, run in runs.items():
             wait()
@@ -269,7 +275,8 @@ class Benchmark:
     def model(self, Z, L=None):
         """A new network of latent size Z for sequences of L tokens."""
         a, L = self.a, L or self.L
-        return VMD(Config(self.V, L, min(a.block_size or L, L), a.width, a.heads, a.layers,
+        one = a.block_size in (0, self.L)                # one block, whatever the length
+        return VMD(Config(self.V, L, L if one else a.block_size, a.width, a.heads, a.layers,
                           a.encoder_layers, Z, a.latent_hidden, a.conditioning, a.pooling,
                           a.prior)).to(a.device)
 
@@ -343,7 +350,7 @@ class Benchmark:
             self.measure(f"training, batch {batch}", {
                 k: self.step(Z, batch) for k, Z in Zs.items()}, batch * L, "tokens/s")
         if torch.device(a.device).type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
+            peak = torch.cuda.max_memory_allocated(a.device)
         else:
             import resource                              # not on Windows; KiB on Linux
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -445,7 +452,7 @@ def load_data(a, model, ckpt):
         options["clues"] = a.clues
     ds = data.load(name, ckpt["vocab"], **options)
     if a.data_path and name == "sudoku":
-        ds.test_set = torch.from_numpy(data.read_puzzles(a.data_path, ds.grid))
+        ds.test_set = torch.from_numpy(data.read_puzzles(a.data_path, ds.grid, ds.max_gib))
     if (ds.seq_len, ds.vocab_size) != (model.config.seq_len, model.vocab_size):
         raise ValueError(f"the data has L {ds.seq_len}, V {ds.vocab_size}; the checkpoint wants "
                          f"{model.config.seq_len}, {model.vocab_size}")
@@ -461,6 +468,10 @@ def run(a):
             raise ValueError(f"--{name.replace('_', '-')} must lie in {least}..10^9")
     if not all(0 <= n <= 10**6 for n in a.bound_steps):
         raise ValueError("--bound-steps must lie in 0..10^6")
+    if not all(1 <= n <= 10**6 for n in a.nfe or ()):
+        raise ValueError("--nfe must lie in 1..10^6")
+    if not all(0 <= t < math.inf for t in a.temperature or ()):
+        raise ValueError("--temperature must be at least 0")
     if "" in (a.data_path, a.judge, a.gen_ppl):
         raise ValueError("--data-path, --judge or --gen-ppl is empty")
     if a.iwae and not any(a.bound_steps):
@@ -499,15 +510,16 @@ def run(a):
                   device=str(a.device), seconds=round(time.time() - start, 2),
                   params=model.param_counts(), latent_dim=model.latent_dim,
                   active_units=active.tolist(), train_args=args, rows=rows, bounds=bounds)
-    print(f"{ds.name}, {a.ckpt}, step {ckpt['step']}, {a.num:,} samples, seed {a.seed}, {a.device}")
+    print(f"{ds.name}, {a.ckpt}, step {ckpt['step']}, {len(x):,} samples, seed {a.seed}, "
+          f"{a.device}")
     print_results(result, ds)
     if two_tokens:
         print("\n" + heat_map(ds.true_joint(), ds.joint(x)))
+    write_json(a.json, result)
     if a.plot and two_tokens:
         plot(a.plot, ds.true_joint(), ds.joint(x))
     elif a.plot:
         plot_training(a.plot, journal)
-    write_json(a.json, result)
 
 
 def write_json(path, result):

@@ -198,6 +198,7 @@ class Encoder(nn.Module):
     """q(z^b | x_t^b, x_0^{<=b}): a mean and a log variance per block (Section 3.2).
 
     With own=False it does not see x_0^b: p(z^b | x_t^b, x_0^{<b}), the noised prior of E.3.
+    Gated pooling leaves out the first prefix_len positions, which are never masked.
     # differs from the paper: position i of block b embeds x_t^i and x_0^i together, instead of the
     # sequence [x_t ; x_0] of twice the length: what z^b may depend on is the same, at half the
     # cost.
@@ -391,7 +392,8 @@ def complaint(error):
     if isinstance(error, (ValueError, OSError)):
         return text
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(
-            word in text for word in ("memory", "Storage size calculation overflowed")):
+            words in text for words in ("out of memory", "can't allocate memory",
+                                        "Storage size calculation overflowed")):
         return "out of memory; a smaller --batch-size or, in training, --grad-accum needs less"
     return None
 
@@ -417,7 +419,7 @@ def load_checkpoint(path, device="cpu", ema=True):
         raise FileNotFoundError(f"no checkpoint at {path}; make one: python train.py")
     try:
         with warnings.catch_warnings(action="ignore"):   # about pickles that are not ours
-            ckpt = torch.load(path, map_location=device, weights_only=True)
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a damaged file makes torch.load raise almost anything
         raise ValueError(f"{path} is not a readable checkpoint: {one_line(e)}") from None
     if not isinstance(ckpt, dict) or ckpt.get("version") != CHECKPOINT_VERSION:
@@ -447,7 +449,7 @@ def load_checkpoint(path, device="cpu", ema=True):
             check_weights(path, weights, model.state_dict())
     weights = ckpt["ema"] if ema and ckpt["ema"] is not None else ckpt["model"]
     model.load_state_dict(dict(weights), assign=True)    # a copy: torch would note `assign` in it
-    return model.eval(), ckpt
+    return model.to(device).eval(), ckpt
 
 
 def check_weights(path, weights, own):

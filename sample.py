@@ -92,7 +92,7 @@ def show_boards(puzzles, answers, file):
     if file:
         rows = [",".join("".join(map(str, r)) for r in pair)
                 for pair in zip(puzzles.tolist(), answers.tolist())]
-        Path(file).write_text("\n".join(rows) + "\n")
+        Path(file).write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def run(a):
@@ -130,7 +130,7 @@ def run(a):
     text = data.show(x, model.vocab_size, ckpt["vocab"])
     print(text)
     if a.out:
-        Path(a.out).write_text(text + "\n")
+        Path(a.out).write_text(text + "\n", encoding="utf-8")
 
 
 def main(argv=None):

@@ -19,9 +19,11 @@ import signal
 import subprocess
 import sys
 import tarfile
+import textwrap
 import threading
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, its presets included
 
@@ -41,6 +43,10 @@ from model import VMD, Cache, Config, load_checkpoint
 
 HERE = Path(__file__).parent
 LN10 = math.log(10)
+
+
+def gen(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +121,54 @@ def test_cached_logits_equal_uncached_ones(conditioning, r, Z):
                     assert_close(m.decode_block(xt[:, at], zb, cache), full[:, at], atol=1e-5,
                                  rtol=0)
             cache.push(x0[:, at], zb)
+
+
+def one_sequence(m, xt, x0, z):
+    """`VMD.decode` as BD3-LM's code does it: [x_t ; x_0], 2 L tokens, a dense 2 L x 2 L mask."""
+    (B, L), r, c = x0.shape, m.block_size, m.config
+    block, D = torch.arange(L) // r, c.width
+    of, clean = torch.cat([block, block]), torch.arange(2 * L) >= L
+    mask = torch.where(clean[None], torch.where(clean[:, None], of[None] <= of[:, None],
+                                                of[None] < of[:, None]),
+                       ~clean[:, None] & (of[None] == of[:, None]))
+    add, mods = (None, None) if z is None else m.conditioner(z[:, of])   # of every token
+    h = m.embed(torch.cat([xt, x0], 1)) + m.stack.place.weight.repeat(2 * L // r, 1)
+    h = h if add is None else h + add[:, :, 0]
+    d = D // c.heads
+    angle = (torch.arange(L).repeat(2)[:, None] * 10000.0 ** (-torch.arange(0, d, 2) / d))[:, None]
+    turn = torch.polar(torch.ones_like(angle), angle)                    # (2 L, 1, d/2)
+
+    def rope(x):                                                         # (B, 2 L, H, d)
+        x = torch.complex(*(a.contiguous() for a in x.chunk(2, -1))) * turn
+        return torch.cat([x.real, x.imag], -1)
+
+    def ln(layer, x):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.pow(2).mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight
+    for i, layer in enumerate(m.stack.layers):
+        ada = layer.ada if mods is None else layer.ada + mods[i][:, :, 0]
+        g1, b1, a1, g2, b2, a2 = ada.unbind(-2)
+        q, k, v = layer.qkv(ln(layer.norm1, h) * (1 + g1) + b1).view(B, 2 * L, 3, -1, d).unbind(2)
+        score = torch.einsum("bihd,bjhd->bhij", rope(q), rope(k)) / math.sqrt(d)
+        p = score.masked_fill(~mask, -math.inf).softmax(-1)
+        h = h + a1 * layer.out(torch.einsum("bhij,bjhd->bihd", p, v).flatten(2))
+        h = h + a2 * layer.mlp(ln(layer.norm2, h) * (1 + g2) + b2)
+    return m.head(ln(m.norm, h[:, :L]))
+
+
+@pytest.mark.parametrize("conditioning", network.CONDITIONING)
+@pytest.mark.parametrize("r, Z", [(1, 2), (2, 2), (3, 2), (2, 0), (6, 2)])
+def test_logits_and_gradients_are_those_of_one_sequence_under_a_dense_mask(conditioning, r, Z):
+    m = tiny(6, r, Z, 5, conditioning=conditioning)
+    xt, x0 = torch.randint(6, (5, 6), generator=gen(0)), torch.randint(5, (5, 6), generator=gen(1))
+    z = torch.randn(5, 6 // r, Z, generator=gen(2)) if Z else None
+    way = torch.randn(5, 6, 5, generator=gen(3))
+    got, want = m.decode(xt, x0, z), one_sequence(m, xt, x0, z)
+    assert_close(got, want, rtol=1e-4, atol=1e-5)
+    used = [p for p in m.parameters() if p.requires_grad]
+    for a, b in zip(*(torch.autograd.grad((y * way).sum(), used, allow_unused=True)
+                      for y in (got, want)), strict=True):
+        assert (a is None) == (b is None) and (a is None or a.sub(b).abs().max() < 1e-4)
 
 
 def test_one_block_computes_no_clean_half_and_last_layer_only_what_is_read():
@@ -613,7 +667,7 @@ def test_the_sampler_reveals_the_most_confident_positions_first(remask):
     out = diffusion.sample(model, torch.full((20, 8), 5), 4, remask)
     shown = [c[0] for c in model.calls] + [out]
     for (xt, _, _, logits), after in zip(model.calls, shown[1:]):
-        score = diffusion.confidence(logits.double().softmax(-1), remask, None)
+        score = diffusion.confidence(logits.double().softmax(-1), remask)
         new = (xt == 5) & (after < 5)
         assert (after[new] == logits.argmax(-1)[new]).all()
         still = (after == 5)
@@ -656,15 +710,22 @@ def test_blocks_with_nothing_to_fill_cost_nothing_and_are_cached():
 def test_remask_rules_rank_positions_as_section_3_3_says():
     p = torch.tensor([[[0.50, 0.45, 0.05], [0.45, 0.10, 0.45 - 0.0], [0.48, 0.26, 0.26]]],
                      dtype=torch.float64)
-    order = torch.tensor([[0.1, 0.9, 0.5]], dtype=torch.float64)
-    assert diffusion.confidence(p, "prob", order)[0].argsort(descending=True).tolist() == [0, 2, 1]
-    assert_close(diffusion.confidence(p, "margin", order)[0], torch.tensor([0.05, 0.0, 0.22],
-                                                                           dtype=torch.float64))
-    assert diffusion.confidence(p, "random", order)[0].argsort(descending=True).tolist() == [1, 2,
-                                                                                             0]
-    # V = 1
-    assert (diffusion.confidence(torch.ones(1, 2, 1, dtype=torch.float64), "margin",
-                                 order) == 1).all()
+    assert diffusion.confidence(p, "prob")[0].argsort(descending=True).tolist() == [0, 2, 1]
+    assert_close(diffusion.confidence(p, "margin")[0], torch.tensor([0.05, 0.0, 0.22],
+                                                                    dtype=torch.float64))
+    one = torch.ones(1, 2, 1, dtype=torch.float64)              # V = 1
+    assert (diffusion.confidence(one, "margin") == 1).all()
+
+
+def test_random_remasking_reveals_uniformly_whatever_the_confidence():
+    seen, logits = [], torch.tensor([[9.0, 0], [1, 0], [0, 0]])
+    model = SimpleNamespace(vocab_size=2, block_size=3, latent_dim=0, new_cache=lambda: cache,
+                            decode_block=lambda x, z, c: seen.append(x.clone()) or logits.expand(
+                                len(x), 3, 2))
+    cache = SimpleNamespace(push=lambda x, z: None)
+    diffusion.sample(model, torch.full((6000, 3), 2), nfe=3, remask="random", generator=gen(0))
+    for step, left in ((1, 2 / 3), (2, 1 / 3)):
+        assert_close((seen[step] == 2).float().mean(0), torch.full((3,), left), atol=0.03, rtol=0)
 
 
 def test_tokens_are_drawn_in_float64_and_from_the_right_distribution():
@@ -1139,12 +1200,19 @@ class Server(http.server.BaseHTTPRequestHandler):
             return self.reply(200, b"<html>quota</html>", {"Content-Type": "text/html"})
         if self.mode in ("404", "503"):
             return self.reply(int(self.mode), b"")
+        if self.mode == "moved" and self.path == "/x.npy":
+            return self.reply(302, b"", {"Location": "/y.npy"})
         if wanted and start >= len(body):
             return self.reply(416, b"", {"Content-Range": f"bytes */{len(body)}"})
         headers = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
-        cut = 100_000 if self.mode == "cut" else None
-        cls.mode = "range" if self.mode == "cut" else self.mode
+        cut = 100_000 if self.mode in ("cut", "stall") else None
+        if self.mode in ("short", "long"):               # the length that is promised is wrong
+            headers["Content-Length"] = str(len(body) + (100 if self.mode == "short" else -100))
+        stall, cls.mode = self.mode == "stall", "range" if cut else self.mode
         self.reply(206 if start else 200, body[start:], headers, cut)
+        if stall:
+            self.wfile.flush()
+            threading.Event().wait(1)
 
     def reply(self, code, body, headers={}, cut=None):
         self.send_response(code)
@@ -1168,14 +1236,17 @@ def server(monkeypatch):
         httpd.shutdown()
 
 
-def test_downloads_resume_and_are_checked(server, tmp_path):
+def test_downloads_resume_and_are_checked(server, tmp_path, monkeypatch):
     good, file = hashlib.sha256(Server.body).hexdigest(), tmp_path / "d" / "x.npy"
     part = tmp_path / "d" / "x.npy.part"
     # plain; then from the cache
     assert data.download(server.url, file, good).read_bytes() == Server.body
     assert data.download(server.url, file, good) == file and server.seen == [None]
     # cut in the middle: goes on with Range; a server without Range starts anew; 416 on a whole part
+    monkeypatch.setattr(data, "TIMEOUT", 0.3)
     for mode, have, ranges in (("cut", None, [None, "bytes=65536-"]),
+                               ("stall", None, [None, "bytes=65536-"]),
+                               ("moved", None, [None, None]), ("moved", 100, ["bytes=100-"] * 2),
                                ("range", 100, ["bytes=100-"]), ("no range", 100, ["bytes=100-"]),
                                ("range", 256000, ["bytes=256000-"]),
                                ("range", 300000, ["bytes=300000-", None])):
@@ -1201,6 +1272,12 @@ def test_bad_downloads_leave_nothing_under_the_final_name(server, tmp_path):
         with pytest.raises(error) as e:
             data.download(server.url, file)
         assert "\n" not in str(e.value) and not file.exists() and len(server.seen) == tries, mode
+    for mode, error in (("short", "cannot download"), ("long", "sha256")):
+        server.mode = mode
+        (tmp_path / "x.npy.part").unlink(missing_ok=True)
+        with pytest.raises((OSError, ValueError), match=error):
+            data.download(server.url, file, hashlib.sha256(Server.body).hexdigest())
+        assert not file.exists()
     with pytest.raises(OSError, match="cannot download"):
         data.download("http://127.0.0.1:9/x", file)         # nobody listens there
 
@@ -1448,6 +1525,17 @@ def test_a_finished_run_resumes_to_itself_and_a_new_one_moves_it_aside(tmp_path,
     assert f"moved the earlier run in {tmp_path}" in capsys.readouterr().out
 
 
+def test_two_runs_do_not_write_to_one_folder_and_resume_writes_where_it_reads(tmp_path, capsys):
+    with train.locked(tmp_path):
+        assert train.main(FAST + ["--out", str(tmp_path)]) == 2
+    assert "another run" in capsys.readouterr().err and not any(tmp_path.iterdir())
+    assert train.main(FAST + ["--steps", "2", "--out", str(tmp_path / "a")]) == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    before = files(tmp_path / "a")
+    assert train.main(["--resume", "--out", str(tmp_path / "b")]) == 0
+    assert before == files(tmp_path / "a")
+
+
 def gradients(folder):
     """After one Adam step from zero its first moment is 0.1 x the gradient."""
     return [s["exp_avg"] for s in weights(folder)["optimizer"]["state"].values()]
@@ -1543,8 +1631,12 @@ def test_training_survives_kills_at_any_moment(tmp_path, kills, world, ema):
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert a["step"] == b["step"] == 100
     assert same(a["model"], b["model"]) and (ema == "0" or same(a["ema"], b["ema"]))
-    steps = [json.loads(s)["step"] for s in open(tmp_path / "killed" / "log.jsonl")]
-    assert steps == sorted(steps) and steps[-1] == 100   # no line is lost, cut or there twice
+    log = [json.loads(s) for s in open(tmp_path / "killed" / "log.jsonl")]
+    # no line is lost, cut or there twice
+    for kind in ("eval", "loss"):
+        assert [r["step"] for r in log if kind in r] == list(range(1, 101))
+    a, b = weights(tmp_path / "whole", "best.pt"), weights(tmp_path / "killed", "best.pt")
+    assert a["step"] == b["step"] and same(a["model"], b["model"])
 
 
 def test_schedules():
@@ -1599,6 +1691,43 @@ def test_decoder_from_a_pretrained_baseline_trained_on_or_frozen(tmp_path):
         tuned.conditioner.mod.weight.zero_()        # without z's push it is the baseline, exactly
         assert_close(tuned.decode(x, x.clamp(max=9), z),
                      load_checkpoint(base / "last.pt")[0].decode(x, x.clamp(max=9), None))
+
+
+@pytest.mark.parametrize("L, V, flags", [
+    (1, 2, ["--batch-size", "1"]), (3, 2, ["--block-size", "1", "--batch-size", "1"]),
+    (2, 3, ["--latent-dim", "0", "--batch-size", "1"])])
+def test_the_smallest_sizes_train_sample_and_evaluate(tmp_path, monkeypatch, capsys, L, V, flags):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.arange(20 * L).reshape(20, L) % V)
+    assert train.main(FAST + ["--dataset", "array", "--data-path", "x.npy", *flags]) == 0
+    capsys.readouterr()
+    for blanks, nfe in (("_", "1"), ("0", "1"), ("_", "7")):       # all masked, all given
+        assert sampling.main(["--num", "3", "--nfe", nfe, "--infill", " ".join([blanks] * L)]) == 0
+        words = capsys.readouterr().out.split()
+        assert len(words) == 3 * L and set(words) <= set("012"[:V])
+        assert blanks == "_" or set(words) == {"0"}
+    assert evaluation.main(["--json", "r.json", "--iwae", "2"]) == 0
+    assert all(math.isfinite(b["nats"]) for b in json.loads(Path("r.json").read_text())["bounds"])
+    assert sampling.main(["--infill", ""]) == 2
+
+
+def test_extreme_posteriors_and_times_give_finite_losses_and_gradients():
+    m = VMD(Config(3, 4, 2, 16, 2, 1, 1, 2))
+    x0 = torch.tensor([[0, 1, 2, 0]] * 6)
+    for bias in (-1e30, 1e30, 0.0):
+        with torch.no_grad():
+            m.encoder.head.bias[2:] = bias               # log variances
+        for t in (1e-5, 1.0):
+            noise = diffusion.draw_noise(6, 4, 2, 2, generator=gen(0))
+            noise.t.fill_(t)
+            for u in (0.0, 1 - 1e-7):                    # all masked, none
+                noise.u.fill_(u)
+                for kind in ("vmd", "nelbo"):
+                    m.zero_grad()
+                    loss = diffusion.objective(m, x0, noise, kind)[0]
+                    loss.sum().backward()
+                    assert loss.isfinite().all()
+                    assert all(p.grad is None or p.grad.isfinite().all() for p in m.parameters())
 
 
 def test_averaged_weights_follow_their_definition():
@@ -1836,6 +1965,9 @@ train --block-size 3
 train --width 30
 train --latent-dim -1
 train --kl-ramp 0.6 0.2
+train --kl-schedule none --kl-start 0.1
+train --schedule constant --decay-from 0.1
+train --objective nelbo --objective-steps 2 --t-min 0.1
 train --kl-start 0
 train --kl-weight 0
 train --ema 1
@@ -1905,6 +2037,8 @@ sample --ckpt txt/last.pt --length 3
 sample --ckpt txt/last.pt --length 32
 sample --ckpt txt/last.pt --prompt a --infill b
 eval --judge out/last.pt
+eval --nfe 1 0
+eval --temperature 1 -1
 eval --ckpt txt/last.pt --judge txt/last.pt
 eval --ckpt txt/last.pt --judge none.pt
 eval --ckpt txt/last.pt --clues 2
@@ -2057,7 +2191,7 @@ def test_files_above_the_limit_are_refused_unread(tmp_path, capsys):
     with open(big, "wb") as f:
         f.truncate(2**31)                                # takes no room on the disk
     for name in ("sudoku", "text"):
-        with pytest.raises(ValueError, match="2 GiB; --max-gib allows 1"):
+        with pytest.raises(ValueError, match="2 GiB; train.py's --max-gib allows 1"):
             data.load(name, data_path=big, max_gib=1.0).about
     with pytest.raises(ValueError, match="--max-gib"):
         data.puzzles_to_solve(str(big), 4)
@@ -2094,7 +2228,8 @@ def test_a_bad_checkpoint_is_named_and_runs_nothing(tmp_path, capsys):
         torch.save(good | {"model": good["model"] | {name: value}}, tmp_path / f"{bad}.pt")
     torch.save(good | {"model": good["model"] | {"extra": w}}, tmp_path / "more.pt")
     torch.save(good | {"ema": {}}, tmp_path / "average.pt")
-    for bad, change in (("huge", {"width": 10**6, "vocab_size": 10**6}), ("deep", {"layers": 9**6})):
+    for bad, change in (("huge", {"width": 10**6, "vocab_size": 10**6}),
+                        ("deep", {"layers": 9**6})):
         torch.save(good | {"config": good["config"] | change}, tmp_path / f"{bad}.pt")
     for bad, vocab in (("letters", ["a"] * 9), ("numbers", [1] * 10)):
         torch.save(good | {"vocab": vocab}, tmp_path / f"{bad}.pt")
@@ -2164,6 +2299,20 @@ def test_single_files_import_alone(tmp_path, name):
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, env=env, check=True,
                    timeout=60)
+
+
+def test_readme_examples_run_beside_their_one_file(tmp_path):
+    text = (HERE / "README.md").read_text()
+    blocks = [b for b in re.findall(r"(?:^    .*\n)+", text, re.M) if "\n    from " in "\n" + b]
+    assert len(blocks) == 3
+    for block, name in zip(blocks, ("model", "diffusion", "data")):
+        assert f"from {name} import" in block and block.count("\n") <= 10
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copy(HERE / f"{name}.py", folder)
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(block)], cwd=folder,
+                              check=True, capture_output=True, text=True, timeout=60)
+        assert done.stdout
 
 
 def test_readme_commands_parse():

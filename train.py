@@ -21,6 +21,11 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:                                  # Windows: folders are not locked
+    fcntl = None
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -68,7 +73,7 @@ for name in ("text8", "lm1b", "text"):
     PRESETS[name] = {"paper": dict(TEXT), "cpu": CPU | dict(
         length=64, block_size=4, width=128, layers=4, encoder_layers=2, conditioning="add",
         batch_size=64, steps=2000, lr=1e-3, t_min=1e-3, kl_weight=1.0, kl_ramp=[0.05, 0.6])}
-FREE_ON_RESUME = {"resume", "out", "device", "compile", "log_every", "eval_every"}
+FREE_ON_RESUME = {"resume", "out", "device", "compile", "log_every", "eval_every", "grad_accum"}
 OPTIONAL = dict.fromkeys(["preset", "init_from", *sum(data.OPTIONS.values(), ())])
 LATENT_PARTS = ("encoder.", "conditioner.", "prior_net.")  # parameters that the baseline lacks
 EVAL_SEQUENCES = 2000
@@ -142,7 +147,7 @@ def build_parser():
     g.add_argument("--steps", type=int, help="optimiser steps")
     g.add_argument("--batch-size", type=int, help="sequences per step, over all processes")
     g.add_argument("--grad-accum", type=int, default=1,
-                   help="micro-batches per step, to fit memory")
+                   help="micro-batches per step, to fit memory (gradients equal but for rounding)")
     g.add_argument("--optimizer", choices=("adam", "adamw"), help="optimiser")
     g.add_argument("--lr", type=float, help="peak learning rate")
     g.add_argument("--schedule", choices=("constant", "cosine"), help="learning rate after warm-up")
@@ -192,7 +197,7 @@ def settle(argv=None):
                 raise ValueError(f"--{k.replace('_', '-')} {v} contradicts the run to resume, "
                                  f"which has {ckpt['args'].get(k)}")
         free = {k: v for k, v in given.items() if k in FREE_ON_RESUME}
-        resumed = argparse.Namespace(**(ckpt["args"] | free))
+        resumed = argparse.Namespace(**(ckpt["args"] | free | {"out": args["out"]}))
         check_types(ckpt["args"], f"{args['out']}/last.pt")
         check(resumed)
         if torch.device(resumed.device).type != torch.device(ckpt["args"]["device"]).type:
@@ -201,12 +206,19 @@ def settle(argv=None):
         return resumed, ckpt
     args["preset"] = args["preset"] or ("paper" if args["device"].startswith("cuda") else "cpu")
     preset = PRESETS[args["dataset"]][args["preset"]]
-    if args["dataset"] == "sudoku" and (given.get("data_path") or given.get("source")):
+    if args["dataset"] == "sudoku" and (given.get("data_path") or
+                                        given.get("source", "generated") != "generated"):
         preset = preset | {"grid": 9}                    # what other people's puzzles are
     if not args["device"].startswith("cuda"):            # slower than float32 on most CPUs
         preset = preset | {"dtype": "float32"}
     args = argparse.Namespace(**(args | preset | given | {"preset": args["preset"]}))
     check(args)
+    for k, idle, why in (("kl_start", args.kl_schedule == "none", "--kl-schedule none"),
+                         ("kl_ramp", args.kl_schedule == "none", "--kl-schedule none"),
+                         ("decay_from", args.schedule == "constant", "--schedule constant"),
+                         ("t_min", args.objective_steps > 0, "--objective-steps N")):
+        if k in given and idle:
+            raise ValueError(f"--{k.replace('_', '-')} has no effect with {why}")
     return args, None
 
 
@@ -216,7 +228,8 @@ def check_types(saved, path):
     if saved["dataset"] in data.DATASETS:
         fresh = vars(settle(["--dataset", saved["dataset"]])[0])
     odd = [k for k in sorted(fresh.keys() | saved.keys()) if k not in fresh or k not in saved or (
-        type(saved[k]) is not type(fresh[k]) and None not in (saved[k], fresh[k]))]
+        type(saved[k]) is not type(fresh[k]) and (k not in OPTIONAL or None not in (saved[k],
+                                                                                    fresh[k])))]
     if odd or [type(x) for x in saved["kl_ramp"]] != [float, float]:
         raise ValueError(f"{path} is damaged or from another version of train.py: its settings "
                          + ", ".join(odd or ["kl_ramp"]))
@@ -303,11 +316,11 @@ def save(path, state):
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:                 # torch.save hides an OSError behind its own
+    except (OSError, RuntimeError) as e:                 # torch.save wraps an OSError
         if tmp.is_file():
             tmp.unlink()
         why = e.__context__ if isinstance(e.__context__, OSError) else e
-        raise OSError(f"cannot write {path}: {one_line(why)}; what was there before stays") from None
+        raise OSError(f"cannot write {path}: {one_line(why)}; what was there stays") from None
 
 
 @torch.no_grad()
@@ -319,11 +332,11 @@ def evaluate(model, ds, a, samples=None):
     dev = next(model.parameters()).device
     g, gd = torch.Generator().manual_seed(1), torch.Generator(dev).manual_seed(1)
     x0, given = on(dev, *ds.valid(min(EVAL_SEQUENCES, max(64, 2**16 // ds.seq_len)), g))
-    given = torch.zeros_like(x0, dtype=torch.bool) if given is None else given
     noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, a.objective_steps or None,
                        a.t_min, gd, dev)
-    terms = [objective(model, x0[rows], noise[rows], a.objective, a.kl_weight, given[rows])
-             for rows in torch.arange(len(x0), device=dev).split(a.batch_size)]
+    rows = torch.arange(len(x0), device=dev).split(max(1, a.batch_size // a.grad_accum))
+    terms = [objective(model, x0[at], noise[at], a.objective, a.kl_weight,
+                       None if given is None else given[at]) for at in rows]
     loss, recon, kl = (torch.cat(v).mean().item() for v in zip(*terms))
     out = dict(loss=loss, recon=recon, kl=kl, active=active_units(model, x0, given=given).tolist())
     if not ds.scored:
@@ -386,8 +399,8 @@ def update_average(ema, model, decay, step):
 
     d = min(decay, (1 + step) / (10 + step)), so that short runs forget their start.
     """
-    for mean, now in zip(ema.parameters(), model.parameters()):
-        mean.lerp_(now, 1 - min(decay, (1 + step) / (10 + step)))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()),
+                         1 - min(decay, (1 + step) / (10 + step)))
 
 
 def setup(a, ckpt):
@@ -469,17 +482,34 @@ def move_aside(out):
 
 
 def trim(log, step):
-    """Drops from a log.jsonl what a killed run wrote after `step`, where its checkpoint is."""
-    def kept(line):
-        try:
-            return json.loads(line)["step"] <= step
-        except (ValueError, KeyError, TypeError):        # cut by the kill
-            return False
-    if log.exists():
-        lines = [line + "\n" for line in log.read_text(errors="replace").splitlines() if kept(line)]
-        part = log.with_suffix(".tmp")
-        part.write_text("".join(lines))
-        os.replace(part, log)
+    """Drops from a log.jsonl what a killed run wrote after `step`, where its checkpoint is.
+
+    Returns whether the evaluation at `step` is there.
+    """
+    records = []
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):      # a line cut by the kill
+            record = json.loads(line)
+            records += [record] if record["step"] <= step else []
+    part = log.with_suffix(".tmp")
+    part.write_text("".join(json.dumps(r) + "\n" for r in records))
+    os.replace(part, log)
+    return any(r["step"] == step and "eval" in r for r in records)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """No second run writes to the folder meanwhile. Raises ValueError if one does."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"another run is writing to {folder}; give this one another --out"
+                         ) from None
+    finally:
+        os.close(fd)
 
 
 def update(step_fn, opt, x0, given, noise, kl_weight, a, rank, world):
@@ -557,24 +587,34 @@ class Recorder:
 
 
 def train(a, ckpt, rank, world):
-    """The training loop. Returns an exit status."""
-    ds, model, opt, ema, streams = setup(a, ckpt)
+    """Sets everything up, then trains, alone in the folder --out. Returns an exit status."""
+    parts = setup(a, ckpt)
     if a.batch_size % (world * a.grad_accum):
         raise ValueError(f"--batch-size {a.batch_size} is not a multiple of "
                          f"processes x --grad-accum = {world * a.grad_accum}")
+    if world > 1:
+        dist.barrier()                               # all have read --init-from before files move
+    if rank:
+        return loop(a, ckpt, parts, rank, world)
+    out = Path(a.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        announce(a, parts[1], parts[0], tqdm.write)
+        if ckpt is None:
+            move_aside(out)
+        assessed = ckpt is None or trim(out / "log.jsonl", ckpt["step"])
+        return loop(a, ckpt, parts, rank, world, assessed)
+
+
+def loop(a, ckpt, parts, rank, world, assessed=True):
+    """The training loop. assessed: the evaluation due at the step of `ckpt`, if any, was made."""
+    ds, model, opt, ema, streams = parts
     out, log = Path(a.out), (tqdm.write if rank == 0 else lambda line: None)
     begin, best, spent = 0, math.inf, 0.0
     if ckpt:
         begin, best, spent = ckpt["step"], ckpt["best"], ckpt["seconds"]
         if (out / "best.pt").exists():               # a kill may have come between best and last
             best = min(best, load_checkpoint(out / "best.pt")[1]["best"])
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        announce(a, model, ds, log)
-        if ckpt is None:
-            move_aside(out)
-        else:
-            trim(out / "log.jsonl", begin)
     judged, step_fn, start = ema or model, wrap(model, a, world), time.time()
 
     def state(step):
@@ -585,8 +625,16 @@ def train(a, ckpt, rank, world):
                     config=asdict(model.config), vocab=ds.vocab,
                     rng={k: g.get_state() for k, g in streams.items()})
 
+    def assess(done):
+        nonlocal best
+        result = evaluate(judged, ds, a)
+        recorder.evaluation(done, result)
+        if result["loss"] < best:
+            best = result["loss"]
+            save(out / "best.pt", state(done))
+
     def stopping(done):
-        if world > 1 and done % a.log_every == 0:        # all processes stop after the same step
+        if world > 1 and done % 10 == 0:             # all processes stop after the same step
             flag = torch.tensor(len(stop), device=a.device)
             dist.all_reduce(flag)
             return flag.item() > 0
@@ -597,6 +645,8 @@ def train(a, ckpt, rank, world):
                     unit="step")
     with journal, progress as bar, stop_signals() as stop:
         recorder = Recorder(a, a.batch_size * ds.seq_len, begin, log, journal)
+        if not assessed and (begin % a.eval_every == 0 or begin == a.steps):
+            assess(begin)
         bad = torch.full((3,), math.inf, device=a.device)    # the first step that is not finite
         for step in range(begin, a.steps):
             kl_weight, lr = kl_weight_at(step / a.steps, a), lr_at(step, a)
@@ -632,13 +682,11 @@ def train(a, ckpt, rank, world):
                     recorder.sums /= world
                 recorder.line(done, kl_weight, lr, norm, spent + time.time() - start)
             if rank == 0 and (ending or done % a.eval_every == 0):
+                pause = time.time()
                 save(out / "last.pt", state(done))
                 if not stopped:
-                    result = evaluate(judged, ds, a)
-                    recorder.evaluation(done, result)
-                    if result["loss"] < best:
-                        best = result["loss"]
-                        save(out / "best.pt", state(done))
+                    assess(done)
+                recorder.clock += time.time() - pause
             if stopped:
                 log(f"stopped at step {done}; go on with: python train.py --resume --out {out}")
                 return 130
@@ -661,6 +709,7 @@ def report(model, ds, a, seconds, log):
         for name, r in ((who, scores), ("independent tokens", independent(ds))):
             log(f"{name:26}{r['acc']:>10.2%}{r['kl']:>12.4f}")
     elif "exact" in scores:
+        n = min(n, ds.test_set.shape[1])
         log(f"of {n:,} held-out puzzles, NFE {ds.nfe}, {ds.remask}: solved {scores['exact']:.2%}, "
             f"valid {scores['valid']:.2%}, cells right {scores['cell']:.2%}")
 
@@ -670,9 +719,12 @@ def main(argv=None):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         torch.set_flush_denormal(True)               # Adam on denormals is several times slower
-        if world > 1 and torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if world > 1 and local < torch.cuda.device_count():
+            torch.cuda.set_device(local)
         a, ckpt = settle(argv)
+        if world > 1 and a.device not in ("cpu", "cuda"):
+            raise ValueError(f"several processes take --device cuda or cpu, not {a.device}")
         if world > 1:
             dist.init_process_group("nccl" if a.device.startswith("cuda") else "gloo",
                                     timeout=timedelta(days=1))   # downloads and data may take long
