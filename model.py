@@ -113,10 +113,11 @@ class Layer(nn.Module):
         self.ada = nn.Parameter(torch.tensor([0.0, 0, 1, 0, 0, 1])[:, None].repeat(1, D))
 
     def forward(self, h, n, mod, rope, masks, past, last):
-        """h (B, n + m, r, D), n noisy blocks, then m clean ones -> the same, and clean (k, v).
+        """h (B, n + m, r, D), n noisy blocks, then m clean ones -> the same.
 
-        mod: None or (B, n + m, 1, 6, D), added to `ada`. past: None or the (k, v) of the clean
-        blocks before these. last: the clean stream ends here, of it only keys and values are
+        mod: None or (B, n + m, 1, 6, D), added to `ada`. past: None, or room for keys and values
+        (2, B, H, .., D/H) and how many are there, of the clean blocks before these; those of h are
+        written behind them. last: the clean stream ends here, of it only keys and values are
         wanted; (B, n, r, D) comes back.
         """
         B, S, r, D = h.shape
@@ -124,25 +125,24 @@ class Layer(nn.Module):
         g1, b1, a1, g2, b2, a2 = ada.unbind(-2)  # each (B, S, 1, D) or (D,)
         x = self.qkv(norm(self.norm1, h) * (1 + g1) + b1)  # (B, S, r, 3D)
         x = x.view(B, S * r, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, S r, D/H)
-        (q, k), v = rotate(x[:2], *rope), x[2]
-        k, k_clean = k.split([n * r, (S - n) * r], dim=2)
-        v, v_clean = v.split([n * r, (S - n) * r], dim=2)
-        if past is not None and S > n:
-            k_clean, v_clean = torch.cat([past[0], k_clean], 2), torch.cat([past[1], v_clean], 2)
-        elif past is not None:
-            k_clean, v_clean = past
-        if k_clean.shape[2]:
-            k, v = torch.cat([k_clean, k], dim=2), torch.cat([v_clean, v], dim=2)
+        (q, k), v, clean = rotate(x[:2], *rope), x[2], slice(n * r, None)
+        if past is not None:
+            room, have = past
+            end = have + (S - n) * r
+            for old, new in zip(room, (k, v)):
+                old[:, :, have:end] = new[:, :, clean]
+                old[:, :, end : end + n * r] = new[:, :, : n * r]
+            (k, v), clean = room[:, :, :, : end + n * r], slice(end)
         y = F.scaled_dot_product_attention(q[:, :, : n * r], k, v, masks[0])
         if S > n and last:
             h, a1, g2, b2, a2 = (u if u.dim() == 1 else u[:, :n] for u in (h, a1, g2, b2, a2))
         elif S > n:
-            y_clean = F.scaled_dot_product_attention(q[:, :, n * r :], k_clean, v_clean, masks[1])
+            k, v = k[:, :, clean], v[:, :, clean]
+            y_clean = F.scaled_dot_product_attention(q[:, :, n * r :], k, v, masks[1])
             y = torch.cat([y, y_clean], dim=2)
         y = y.transpose(1, 2).reshape(B, -1, r, D)
         h = h + a1 * self.out(y)
-        h = h + a2 * self.mlp(norm(self.norm2, h) * (1 + g2) + b2)
-        return h, (k_clean, v_clean)
+        return h + a2 * self.mlp(norm(self.norm2, h) * (1 + g2) + b2)
 
 
 class Stack(nn.Module):
@@ -164,22 +164,23 @@ class Stack(nn.Module):
     def masks(n0, n, c0, m, r, device):
         """Which keys a query may see, as boolean masks; None where it may see all.
 
-        Keys are clean blocks 0..c0+m-1, then noisy blocks n0..n0+n-1. Returns the masks of noisy
-        queries (n r, (c0 + m + n) r) and of clean queries, blocks c0.., (m r, (c0 + m) r).
+        Keys are n noisy blocks, n0.., then clean blocks 0..c0+m-1; with n = 1 any order will do.
+        Returns the masks of noisy queries (n r, (n + c0 + m) r) and of clean queries, blocks c0..,
+        (m r, (c0 + m) r).
         """
 
         def block(first, count):
             return torch.arange(first, first + count, device=device).repeat_interleave(r)
 
         noisy, clean, keys = block(n0, n)[:, None], block(c0, m)[:, None], block(0, c0 + m)
-        for_noisy = None if n == 1 else torch.cat([keys < noisy, noisy.T == noisy], dim=1)
+        for_noisy = None if n == 1 else torch.cat([noisy.T == noisy, keys < noisy], dim=1)
         return for_noisy, (None if m <= 1 else keys <= clean)
 
     def forward(self, noisy, clean=None, mods=None, n0=0, c0=0, past=None):
-        """noisy (B, n, r, D): blocks n0..; clean (B, m, r, D) or None: c0..; past: those before.
+        """noisy (B, n, r, D): blocks n0..; clean (B, m, r, D) or None: c0.. -> (B, n, r, D).
 
-        mods: per layer None or (B, n + m, 1, 6, D). Returns (B, n, r, D) and the list of (k, v) of
-        clean blocks.
+        mods: per layer None or (B, n + m, 1, 6, D). past: None, or, with n = 1, room for the keys
+        and values of all blocks, (layers, 2, B, H, .., D/H), filled up to block c0.
         """
         h = noisy if clean is None else torch.cat([noisy, clean], dim=1)
         n, m, r = noisy.shape[1], h.shape[1] - noisy.shape[1], noisy.shape[2]
@@ -187,11 +188,11 @@ class Stack(nn.Module):
         dim = h.shape[-1] // self.layers[0].heads
         angles = (rotary(b0 * r, k * r, dim, h.device) for b0, k in ((n0, n), (c0, m)))
         rope = [torch.cat(halves) for halves in zip(*angles)]            # cos, sin ((n + m) r, d/2)
-        masks, kv, nothing = self.masks(n0, n, c0, m, r, h.device), [], [None] * len(self.layers)
-        for layer, mod, kv_before in zip(self.layers, mods or nothing, past or nothing):
-            h, new = layer(h, n, mod, rope, masks, kv_before, last=layer is self.layers[-1])
-            kv.append(new)
-        return h, kv
+        masks = self.masks(n0, n, c0, m, r, h.device)
+        for i, layer in enumerate(self.layers):
+            h = layer(h, n, mods[i] if mods else None, rope, masks,
+                      None if past is None else (past[i], c0 * r), last=layer is self.layers[-1])
+        return h
 
 
 class Encoder(nn.Module):
@@ -226,7 +227,7 @@ class Encoder(nn.Module):
             clean = self.embed_x0(x0 if self.own else x0[:, : K - 1])
         if self.own:
             noisy = noisy + clean
-        h, _ = self.stack(noisy, clean[:, : K - 1] if K > 1 else None)
+        h = self.stack(noisy, clean[:, : K - 1] if K > 1 else None)
         h = norm(self.norm, h)  # (B, K, r, D)
         if self.gate is None:
             h = h.mean(dim=2)  # (B, K, D)
@@ -347,8 +348,9 @@ class VMD(nn.Module):
         paper's x_0^{<=b} for the decoder is a slip).
         """
         xt, x0 = self.blocks(xt), self.blocks(x0)[:, :-1]  # (B, K, r), (B, K - 1, r)
-        return self._decode(xt, x0, z)[0].flatten(1, 2)
+        return self._decode(xt, x0, z).flatten(1, 2)
 
+    @torch.no_grad()
     def decode_block(self, x, z, cache):
         """Sampling form, the block after the cached ones -> logits (B, r, V) float32.
 
@@ -358,9 +360,16 @@ class VMD(nn.Module):
         x0 = torch.stack([p[0] for p in cache.pending], 1) if cache.pending else x[:, None][:, :0]
         if z is not None:
             z = torch.cat([z] + [p[1] for p in cache.pending], dim=1)
-        b = cache.blocks + len(cache.pending)
-        logits, kv = self._decode(x[:, None], x0, z, b, cache.blocks, cache.kv)
-        cache.kv, cache.blocks, cache.pending = kv, b, []
+        b, c = cache.blocks + len(cache.pending), self.config
+        need = max(c.seq_len, (b + 1) * c.block_size)
+        if cache.kv is None or cache.kv.shape[4] < need:
+            old = cache.kv
+            cache.kv = self.embed.weight.new_empty(c.layers, 2, len(x), c.heads, need,
+                                                   c.width // c.heads)
+            if old is not None:
+                cache.kv[:, :, :, :, : old.shape[4]] = old
+        logits = self._decode(x[:, None], x0, z, b, cache.blocks, cache.kv)
+        cache.blocks, cache.pending = b, []
         return logits[:, 0]
 
     def new_cache(self):
@@ -377,8 +386,8 @@ class VMD(nn.Module):
                 add, *mods = (a if a is None else torch.cat([a, a[:, :m]], 1)
                               for a in (add, *(mods or ())))
             h = h if add is None else h + add
-        h, kv = self.stack(h[:, :n], h[:, n:] if h.shape[1] > n else None, mods, n0, c0, past)
-        return self.head(norm(self.norm, h)).float(), kv  # (B, n, r, V)
+        h = self.stack(h[:, :n], h[:, n:] if h.shape[1] > n else None, mods, n0, c0, past)
+        return self.head(norm(self.norm, h)).float()  # (B, n, r, V)
 
 
 def one_line(error):
