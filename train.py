@@ -380,8 +380,10 @@ def announce(a, model, ds, log):
         (m @ m).sum().item()
     rate = 8 * 2 * 1024**3 / (time.time() - start)
     streams = 2 - 1 / K                              # noisy and clean tokens per token of data
+    tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+    head = model.head.weight.numel()                 # read at noisy tokens only
     flop = 6 * a.steps * a.batch_size * (
-        ds.seq_len * streams * (counts["decoder"] + counts["encoder"])
+        ds.seq_len * (streams * (counts["decoder"] + counts["encoder"] - tables - head) + head)
         + K * streams * counts["latent pathway"])
     log(f"about {flop:.1e} FLOP: {clock(flop / rate / 0.3)} at 30% of the {rate / 1e9:.0f} GFLOP/s "
         f"that a matmul gets on this {a.device} now")
@@ -500,14 +502,18 @@ def trim(log, step):
 @contextlib.contextmanager
 def locked(folder):
     """No second run writes to the folder meanwhile. Raises ValueError if one does."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        if fcntl:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if fcntl is None:
         yield
-    except BlockingIOError:
-        raise ValueError(f"another run is writing to {folder}; give this one another --out"
-                         ) from None
+        return
+    fd, taken = os.open(folder, os.O_RDONLY), False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:                                 # or the file system cannot lock folders
+        taken = isinstance(e, BlockingIOError)
+    try:
+        if taken:
+            raise ValueError(f"another run writes to {folder}; give this one another --out")
+        yield
     finally:
         os.close(fd)
 
