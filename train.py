@@ -63,7 +63,7 @@ PRESETS["sudoku"] = {                                # C.2; 300 epochs of 1.8 mi
         latent_hidden=1, conditioning="shared", pooling="gated", batch_size=1024, steps=527_344,
         schedule="cosine"),
     "cpu": CPU | dict(
-        grid=6, layout="board", width=96, heads=8, layers=4, batch_size=128, steps=5000,
+        grid=6, layout="board", width=96, heads=8, layers=4, batch_size=128, steps=4000,
         kl_weight=1.0, kl_ramp=[0.02, 0.25])}
 TEXT = PAPER | dict(                                 # C.3; steps are BD3-LM's, the paper has none
     block_size=4, width=256, heads=8, encoder_layers=4, latent_dim=128, conditioning="add",
