@@ -89,8 +89,7 @@ def _latent(model, xt, x0, eps, active, every=False):
     """z ~ q(z | x_t, x_0) where the block is active, z ~ p elsewhere (q = p costs no KL).
 
     active (B, K); every: it is known that all are. Returns z (B, K, Z), KL(q || p) (B, K),
-    log p(z) / q(z) (B, K); None and zeros
-    without latents.
+    log p(z) / q(z) (B, K); None and zeros without latents.
     """
     if not model.latent_dim:
         zero = torch.zeros(active.shape, device=active.device)
