@@ -28,7 +28,7 @@ import data
 import train
 from diffusion import (LATENT, REMASK, active_units, default_temperature, draw_noise, iwae,
                        objective, sample)
-from model import VMD, Config, complaint, load_checkpoint, one_line
+from model import VMD, Config, complaint, load_checkpoint, norm, one_line, rotary
 
 SHADES = " ░▒▓█"
 PERCENT = ("acc", "cond_acc", "exact", "valid", "cell", "distinct4")
@@ -227,6 +227,27 @@ class Uncached:
         return self.model.decode(xs, xs, zs)[:, -x.shape[1]:]
 
 
+class OneSequence(VMD):
+    """The same network as one sequence [x_t ; x_0] of 2 L tokens under a dense 2 L x 2 L mask."""
+
+    def decode(self, xt, x0, z):
+        """As VMD.decode: the same logits, at a higher price."""
+        c, x = self.config, torch.cat([xt, x0], 1)
+        L, r, h = c.seq_len, c.block_size, self.embed(self.blocks(x)) + self.stack.place.weight
+        mods = [None] * c.layers
+        if z is not None:
+            add, m = self.conditioner(torch.cat([z, z], 1))
+            h, mods = (h if add is None else h + add), m or mods
+        at = torch.arange(2 * L, device=x.device)
+        block, clean = at % L // r, at >= L
+        own = (block == block[:, None]) & (clean == clean[:, None])
+        parts = [(slice(None), [slice(None)], own | clean & (block < block[:, None]))], []
+        rope = [torch.cat([angle, angle]) for angle in rotary(0, L, c.width // c.heads, x.device)]
+        for layer, mod in zip(self.stack.layers, mods):
+            h = layer(h, h.shape[1], mod, rope, parts, None, last=False)
+        return self.head(norm(self.norm, h[:, : L // r])).flatten(1, 2).float()
+
+
 def timed(runs, device, rounds=5):
     """Seconds of each callable, {name: list}, called in turn so that noise hits all alike."""
     out = {name: [] for name in runs}
@@ -272,22 +293,22 @@ class Benchmark:
         self.matmul = None
         self.measure("matmul", {f"{n} x {n}": lambda: m @ m}, 1, "/s", {f"{n} x {n}": 2 * n**3})
 
-    def model(self, Z, L=None):
+    def model(self, Z, L=None, kind=VMD):
         """A new network of latent size Z for sequences of L tokens."""
         a, L = self.a, L or self.L
         one = a.block_size in (0, self.L)                # one block, whatever the length
-        return VMD(Config(self.V, L, L if one else a.block_size, a.width, a.heads, a.layers,
-                          a.encoder_layers, Z, a.latent_hidden, a.conditioning, a.pooling,
-                          a.prior)).to(a.device)
+        return kind(Config(self.V, L, L if one else a.block_size, a.width, a.heads, a.layers,
+                           a.encoder_layers, Z, a.latent_hidden, a.conditioning, a.pooling,
+                           a.prior)).to(a.device)
 
     def tokens(self, B, L=None):
         """Random ids (B, L)."""
         return torch.randint(self.V, (B, L or self.L), generator=self.g).to(self.a.device)
 
-    def step(self, Z, B, L=None, compiled=False):
+    def step(self, Z, B, L=None, compiled=False, kind=VMD):
         """A callable: one optimiser step, as train.py makes it."""
         a = argparse.Namespace(**(vars(self.a) | dict(compile=compiled)))
-        model, x0 = self.model(Z, L), self.tokens(B, L)
+        model, x0 = self.model(Z, L, kind), self.tokens(B, L)
         step_fn, opt = train.wrap(model, a, 1), torch.optim.Adam(model.parameters(), fused=True)
         g = torch.Generator(a.device).manual_seed(0)
 
@@ -316,6 +337,8 @@ class Benchmark:
         a, B, L = self.a, self.a.batch_size, self.L
         Zs = {"VMD": a.latent_dim, "latent 0": 0} if a.latent_dim else {"latent 0": 0}
         runs = {k: self.step(Z, B) for k, Z in Zs.items()}
+        if a.block_size not in (0, L):
+            runs["0, 2L x 2L mask"] = self.step(0, B, kind=OneSequence)
         self.measure("training", runs, B * L, "tokens/s")
         if a.compile:
             k, Z = next(iter(Zs.items()))

@@ -26,6 +26,7 @@ POOLING = ("mean", "gated")
 PRIOR = ("standard", "block", "noised")
 LOGVAR_RANGE = (-12.0, 8.0)  # clamp: sigma from e^-6 to e^4
 LOGVAR_INIT = -4.0  # sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
+CHUNK = 64  # tokens whose attention is computed together in training: fewer keys that none may see
 CHECKPOINT_VERSION = 2
 CHECKPOINT = dict(  # what train.py writes besides the version: key, type
     config=dict, model=dict, ema=(dict, type(None)), optimizer=dict, step=int, best=float,
@@ -92,6 +93,11 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
+def join(parts):
+    """Tensors (B, H, S, d) in one along S; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
 class Layer(nn.Module):
     """One DiT block (Peebles & Xie 2023) over a noisy and a clean stream of blocks.
 
@@ -112,34 +118,32 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU("tanh"), nn.Linear(4 * D, D))
         self.ada = nn.Parameter(torch.tensor([0.0, 0, 1, 0, 0, 1])[:, None].repeat(1, D))
 
-    def forward(self, h, n, mod, rope, masks, past, last):
+    def forward(self, h, n, mod, rope, parts, past, last):
         """h (B, n + m, r, D), n noisy blocks, then m clean ones -> the same.
 
-        mod: None or (B, n + m, 1, 6, D), added to `ada`. past: None, or room for keys and values
-        (2, B, H, .., D/H) and how many are there, of the clean blocks before these; those of h are
-        written behind them. last: the clean stream ends here, of it only keys and values are
-        wanted; (B, n, r, D) comes back.
+        mod: None or (B, n + m, 1, 6, D), added to `ada`. parts: who sees whom, see Stack.parts.
+        past: None, or room for keys and values (2, B, H, .., D/H) and how many are there, of the
+        clean blocks before these; those of h are written behind them, noisy ones last. last: the
+        clean stream ends here, of it only keys and values are wanted; (B, n, r, D) comes back.
         """
         B, S, r, D = h.shape
         ada = self.ada if mod is None else self.ada + mod  # (B, S, 1, 6, D) or (6, D)
         g1, b1, a1, g2, b2, a2 = ada.unbind(-2)  # each (B, S, 1, D) or (D,)
         x = self.qkv(norm(self.norm1, h) * (1 + g1) + b1)  # (B, S, r, 3D)
         x = x.view(B, S * r, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, S r, D/H)
-        (q, k), v, clean = rotate(x[:2], *rope), x[2], slice(n * r, None)
+        (q, k), v = rotate(x[:2], *rope), x[2]
         if past is not None:
             room, have = past
             end = have + (S - n) * r
             for old, new in zip(room, (k, v)):
-                old[:, :, have:end] = new[:, :, clean]
+                old[:, :, have:end] = new[:, :, n * r :]
                 old[:, :, end : end + n * r] = new[:, :, : n * r]
-            (k, v), clean = room[:, :, :, : end + n * r], slice(end)
-        y = F.scaled_dot_product_attention(q[:, :, : n * r], k, v, masks[0])
-        if S > n and last:
+            k, v = room[:, :, :, : end + n * r]
+        if last:
             h, a1, g2, b2, a2 = (u if u.dim() == 1 else u[:, :n] for u in (h, a1, g2, b2, a2))
-        elif S > n:
-            k, v = k[:, :, clean], v[:, :, clean]
-            y_clean = F.scaled_dot_product_attention(q[:, :, n * r :], k, v, masks[1])
-            y = torch.cat([y, y_clean], dim=2)
+        y = join([F.scaled_dot_product_attention(q[:, :, queries], *(
+            join([u[:, :, s] for s in keys]) for u in (k, v)), mask)
+            for queries, keys, mask in (parts[0] if last else parts[0] + parts[1])])
         y = y.transpose(1, 2).reshape(B, -1, r, D)
         h = h + a1 * self.out(y)
         return h + a2 * self.mlp(norm(self.norm2, h) * (1 + g2) + b2)
@@ -161,20 +165,35 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(Layer(D, H) for _ in range(layers))
 
     @staticmethod
-    def masks(n0, n, c0, m, r, device):
-        """Which keys a query may see, as boolean masks; None where it may see all.
+    def parts(n, c0, m, r, device):
+        """Who attends to whom: lists of (queries, keys, mask), of noisy and of clean queries.
 
-        Keys are n noisy blocks, n0.., then clean blocks 0..c0+m-1; with n = 1 any order will do.
-        Returns the masks of noisy queries (n r, (n + c0 + m) r) and of clean queries, blocks c0..,
-        (m r, (c0 + m) r).
+        Queries are a slice, keys a list of slices; a mask is boolean, None where all is seen. In
+        training n = K noisy blocks stand before m = K - 1 clean ones, cut into chunks of CHUNK
+        tokens, so that no attention is computed to keys behind a chunk. In sampling n = 1; the keys
+        are clean blocks 0..c0+m-1, of which the last m are new, then the noisy block.
         """
 
-        def block(first, count):
-            return torch.arange(first, first + count, device=device).repeat_interleave(r)
+        def ids(first, end):                             # of the block of each token
+            return torch.arange(first, end, device=device).repeat_interleave(r)
 
-        noisy, clean, keys = block(n0, n)[:, None], block(c0, m)[:, None], block(0, c0 + m)
-        for_noisy = None if n == 1 else torch.cat([noisy.T == noisy, keys < noisy], dim=1)
-        return for_noisy, (None if m <= 1 else keys <= clean)
+        if n == 1:
+            mask = ids(0, c0 + m) <= ids(c0, c0 + m)[:, None] if m > 1 else None
+            clean = [(slice(r, None), [slice((c0 + m) * r)], mask)] if m else []
+            return [(slice(r), [slice(None)], None)], clean
+        noisy, clean, size = [], [], max(1, CHUNK // r)
+        for a in range(0, n, size):
+            e = min(a + size, n)
+            own, before = ids(a, e), ids(0, e - 1)
+            mask = torch.cat([own == own[:, None], before < own[:, None]], dim=1)
+            at = slice(a * r, e * r)
+            keys = [at, slice(n * r, (n + e - 1) * r)] if e < n else [slice(a * r, None)]
+            noisy.append((at, keys, mask if size > 1 else None))
+            e = min(e, m)
+            if a < e:
+                mask = ids(0, e) <= ids(a, e)[:, None] if size > 1 else None
+                clean.append((slice((n + a) * r, (n + e) * r), [slice(n * r, (n + e) * r)], mask))
+        return noisy, clean
 
     def forward(self, noisy, clean=None, mods=None, n0=0, c0=0, past=None):
         """noisy (B, n, r, D): blocks n0..; clean (B, m, r, D) or None: c0.. -> (B, n, r, D).
@@ -188,9 +207,9 @@ class Stack(nn.Module):
         dim = h.shape[-1] // self.layers[0].heads
         angles = (rotary(b0 * r, k * r, dim, h.device) for b0, k in ((n0, n), (c0, m)))
         rope = [torch.cat(halves) for halves in zip(*angles)]            # cos, sin ((n + m) r, d/2)
-        masks = self.masks(n0, n, c0, m, r, h.device)
+        parts = self.parts(n, c0, m, r, h.device)
         for i, layer in enumerate(self.layers):
-            h = layer(h, n, mods[i] if mods else None, rope, masks,
+            h = layer(h, n, mods[i] if mods else None, rope, parts,
                       None if past is None else (past[i], c0 * r), last=layer is self.layers[-1])
         return h
 

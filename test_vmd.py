@@ -158,13 +158,17 @@ def one_sequence(m, xt, x0, z):
 
 @pytest.mark.parametrize("conditioning", network.CONDITIONING)
 @pytest.mark.parametrize("r, Z", [(1, 2), (2, 2), (3, 2), (2, 0), (6, 2)])
-def test_logits_and_gradients_are_those_of_one_sequence_under_a_dense_mask(conditioning, r, Z):
+@pytest.mark.parametrize("chunk", [64, 4])
+def test_logits_and_gradients_are_those_of_one_sequence_under_a_dense_mask(
+        conditioning, r, Z, chunk, monkeypatch):
+    monkeypatch.setattr(network, "CHUNK", chunk)       # 4: several chunks, of one block or more
     m = tiny(6, r, Z, 5, conditioning=conditioning)
     xt, x0 = torch.randint(6, (5, 6), generator=gen(0)), torch.randint(5, (5, 6), generator=gen(1))
     z = torch.randn(5, 6 // r, Z, generator=gen(2)) if Z else None
     way = torch.randn(5, 6, 5, generator=gen(3))
     got, want = m.decode(xt, x0, z), one_sequence(m, xt, x0, z)
     assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert_close(evaluation.OneSequence.decode(m, xt, x0, z), want, rtol=1e-4, atol=1e-5)
     used = [p for p in m.parameters() if p.requires_grad]
     for a, b in zip(*(torch.autograd.grad((y * way).sum(), used, allow_unused=True)
                       for y in (got, want)), strict=True):
@@ -496,7 +500,7 @@ def test_kl_is_that_of_the_chain_of_priors(prior):
     ce = diffusion.token_nats(m.decode(xt, x0, z), x0)
     assert_close(recon, (ce * (noise.u < 0.5)).sum(1) / 0.5)
     # a resampled latent is drawn anew from p(z | x_t); later blocks read the last z of earlier ones
-    seen, pushed, plain, new_cache = [], [], m.prior, m.new_cache
+    seen, pushed, plain = [], [], m.prior
 
     class Watched(Cache):
         def push(self, x, z):
@@ -1441,21 +1445,10 @@ def test_a_judge_scores_by_the_chain_rule():
 
 @pytest.mark.parametrize("Z, latent, nfe", [(0, "fixed", 2), (3, "fixed", 1), (3, "resample", 2)])
 def test_cached_and_uncached_samples_are_the_same(Z, latent, nfe):
-    class Uncached:
-        def __init__(self, m):
-            self.m, self.vocab_size, self.block_size = m, m.vocab_size, m.block_size
-            self.latent_dim, self.prior, self.prior_reads_z = m.latent_dim, m.prior, False
-
-        def new_cache(self):
-            return Cache()
-
-        def decode_block(self, x, z, cache):
-            xs = torch.cat([p[0] for p in cache.pending] + [x], 1)
-            zs = None if z is None else torch.cat([p[1] for p in cache.pending] + [z], 1)
-            return self.m.decode(xs, xs, zs)[:, -x.shape[1]:]
     m, masks = tiny(L=8, r=2, Z=Z, V=5), torch.full((20, 8), 5)
     a, b = (diffusion.sample(w, masks, nfe, temperature=1.0, latent=latent,
-                             generator=torch.Generator().manual_seed(0)) for w in (m, Uncached(m)))
+                             generator=torch.Generator().manual_seed(0))
+            for w in (m, evaluation.Uncached(m)))
     assert (a == b).all() and len(torch.unique(a, dim=0)) > 5
 
 
@@ -1944,14 +1937,17 @@ def test_benchmark_counts_and_compares(tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     names = [(r["what"].split(",")[0], r["variant"]) for r in rows]
     assert names == [("matmul", "2048 x 2048"), ("training", "VMD"), ("training", "latent 0"),
-                     ("decoder", "VMD"), ("decoder", "latent 0"), ("sampling", "VMD"),
-                     ("sampling", "latent 0"), ("sampling", "VMD no cache")]
+                     ("training", "0, 2L x 2L mask"), ("decoder", "VMD"), ("decoder", "latent 0"),
+                     ("sampling", "VMD"), ("sampling", "latent 0"), ("sampling", "VMD no cache")]
     assert all(r["least"] <= r["rate"] <= r["most"] for r in rows) and rows[0]["of_matmul"] == 1
     # D = 16, r = 4, K = 2; one layer, in which the clean block gives keys and values only
     m = VMD(Config(27, 8, 4, 16, 2, 1, 1, 0))
     x = torch.zeros(1, 8, dtype=torch.long)
     linear = 2 * (12 * 16 * 48 + 8 * 16 * 16 + 2 * 8 * 16 * 64 + 8 * 16 * 27)
     attention = 2 * 2 * 8 * 12 * 16
+    assert evaluation.flop_of(lambda: m.decode(x, x, None)) == linear + attention
+    monkeypatch.setattr(network, "CHUNK", 4)   # own block; own block and the clean one
+    attention = 2 * 2 * (4 * 4 + 4 * 8) * 16
     assert evaluation.flop_of(lambda: m.decode(x, x, None)) == linear + attention
 
 

@@ -729,6 +729,8 @@ def main(argv=None):
         if world > 1 and local < torch.cuda.device_count():
             torch.cuda.set_device(local)
         a, ckpt = settle(argv)
+        if a.device.startswith("cuda"):              # TF32, on tensor cores, as BD3-LM trains
+            torch.set_float32_matmul_precision("high")
         if world > 1 and a.device not in ("cpu", "cuda"):
             raise ValueError(f"several processes take --device cuda or cpu, not {a.device}")
         if world > 1:
