@@ -219,7 +219,7 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
 
     nfe: network evaluations per block, N. Of the M masked tokens of a row's block, floor(M (n-1)/N)
     stay masked after step n = N..1; `remask` (random, prob, margin) says which. A block without any
-    mask costs none.
+    mask costs none, nor does, with one z, a step that unmasks nothing in any row (N > M).
     temperature: of the tokens; 0 is argmax, as in the paper. None: `default_temperature`.
     latent: fixed, one z ~ p per block; resample, a new one each step (E.1), given x_t if the prior
     reads it; encoder, after the first step z ~ q(z | x_t, x_0-hat), x_0-hat the argmax (E.4).
@@ -249,7 +249,8 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
 def _sample(model, x, eps, u, order, nfe, remask, temperature, latent):
     """`sample` for one batch with its noise: eps (B, K, 1 or N, Z), u and order (B, L)."""
     V, r, cache, zs = model.vocab_size, model.block_size, model.new_cache(), eps[:, :0, 0]
-    for b in range(x.shape[1] // r):
+    counts = (x == V).view(len(x), -1, r).sum(-1).T.tolist()             # all that is read back
+    for b, masks in enumerate(map(set, counts)):         # of block b, the rows' different M
         end, own = (b + 1) * r, slice(b * r, (b + 1) * r)
         block = x[:, own]  # (B, r), a view: x is filled in place
         zs = torch.cat([zs, eps[:, b, :1]], dim=1)  # (B, b + 1, Z), the last one not yet z^b
@@ -265,7 +266,9 @@ def _sample(model, x, eps, u, order, nfe, remask, temperature, latent):
 
         z, guess = gaussian(0) if model.latent_dim else None, None
         M = (block == V).sum(1)
-        for i, n in enumerate(range(nfe, 0, -1) if bool(M.any()) else ()):
+        for i, n in enumerate(range(nfe, 0, -1) if any(masks) else ()):
+            if latent == "fixed" and all(m * n // nfe == m * (n - 1) // nfe for m in masks):
+                continue
             masked = block == V
             if i and z is not None and latent != "fixed":
                 new = gaussian(i, guess)

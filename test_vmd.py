@@ -707,8 +707,14 @@ def test_the_uniforms_behind_sampled_tokens_are_float64(monkeypatch):
 def test_blocks_with_nothing_to_fill_cost_nothing_and_are_cached():
     model, x = Recorder(2), torch.tensor([[1, 2, 3, 4, 5, 0]])
     diffusion.sample(model, x, nfe=3)
-    # two given blocks wait in the cache
-    assert [c[2] for c in model.calls] == [2, 2, 2] and len(model.calls) == 3
+    # two given blocks wait in the cache; of three steps only the first has something to unmask
+    assert [c[2] for c in model.calls] == [2]
+    m, one_by_one = tiny(6, 3, seed=5), []
+    for nfe in (3, 100):
+        m.decode_block, calls = (lambda *a: calls.append(0) or VMD.decode_block(m, *a)), []
+        one_by_one.append(diffusion.sample(m, torch.full((9, 6), 3), nfe, generator=gen(0)))
+        assert len(calls) == 6
+    assert (one_by_one[0] == one_by_one[1]).all()
 
 
 def test_remask_rules_rank_positions_as_section_3_3_says():
