@@ -1943,7 +1943,7 @@ def test_benchmark_counts_and_compares(tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
     names = [(r["what"].split(",")[0], r["variant"]) for r in rows]
     assert names == [("matmul", "2048 x 2048"), ("training", "VMD"), ("training", "latent 0"),
-                     ("training", "0, 2L x 2L mask"), ("decoder", "VMD"), ("decoder", "latent 0"),
+                     ("training", "latent 0, dense"), ("decoder", "VMD"), ("decoder", "latent 0"),
                      ("sampling", "VMD"), ("sampling", "latent 0"), ("sampling", "VMD no cache")]
     assert all(r["least"] <= r["rate"] <= r["most"] for r in rows) and rows[0]["of_matmul"] == 1
     # D = 16, r = 4, K = 2; one layer, in which the clean block gives keys and values only
