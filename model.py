@@ -306,11 +306,19 @@ class Conditioner(nn.Module):
         return None, mods * (self.layers // len(mods))
 
 
+def mapped(f, *conditions):
+    """Applies f to the tensors of one Conditioner output, or across those of several."""
+    add, mods = zip(*conditions)
+    return (None if add[0] is None else f(*add),
+            None if mods[0] is None else [f(*layer) for layer in zip(*mods)])
+
+
 class Cache:
     """Keys and values of finished blocks; the next decode_block adds those that were pushed."""
 
     def __init__(self):
         self.kv, self.blocks, self.pending = None, 0, []
+        self.conditions = []                             # of latents that may come again: (z, what)
 
     def push(self, x, z):
         """x (B, r) clean ids of the next block, z (B, 1, Z) or None."""
@@ -367,18 +375,27 @@ class VMD(nn.Module):
         paper's x_0^{<=b} for the decoder is a slip).
         """
         xt, x0 = self.blocks(xt), self.blocks(x0)[:, :-1]  # (B, K, r), (B, K - 1, r)
-        return self._decode(xt, x0, z).flatten(1, 2)
+        condition = (None, None) if z is None else self.conditioner(z)
+        if z is not None and x0.shape[1]:                # clean blocks share the noisy ones' latents
+            condition = mapped(lambda a: torch.cat([a, a[:, :-1]], 1), condition)
+        return self._decode(xt, x0, *condition).flatten(1, 2)
 
     @torch.no_grad()
     def decode_block(self, x, z, cache):
         """Sampling form, the block after the cached ones -> logits (B, r, V) float32.
 
         x (B, r) ids, z (B, 1, Z) or None. Blocks pushed to the cache since the last call run in
-        this same pass, each with its own latent.
+        this same pass, each with its own latent, whose conditioning is computed once as long as it
+        is the same tensor.
         """
         x0 = torch.stack([p[0] for p in cache.pending], 1) if cache.pending else x[:, None][:, :0]
+        condition = None, None
         if z is not None:
-            z = torch.cat([z] + [p[1] for p in cache.pending], dim=1)
+            known, cache.conditions = cache.conditions, []
+            for new in [z] + [p[1] for p in cache.pending]:
+                done = [what for old, what in known if old is new] or [self.conditioner(new)]
+                cache.conditions.append((new, done[0]))
+            condition = mapped(lambda *a: torch.cat(a, 1), *(what for _, what in cache.conditions))
         b, c = cache.blocks + len(cache.pending), self.config
         need = max(c.seq_len, (b + 1) * c.block_size)
         if cache.kv is None or cache.kv.shape[4] < need:
@@ -387,7 +404,7 @@ class VMD(nn.Module):
                                                    c.width // c.heads)
             if old is not None:
                 cache.kv[:, :, :, :, : old.shape[4]] = old
-        logits = self._decode(x[:, None], x0, z, b, cache.blocks, cache.kv)
+        logits = self._decode(x[:, None], x0, *condition, b, cache.blocks, cache.kv)
         cache.blocks, cache.pending = b, []
         return logits[:, 0]
 
@@ -395,16 +412,11 @@ class VMD(nn.Module):
         """An empty Cache for decode_block."""
         return Cache()
 
-    def _decode(self, noisy, clean, z, n0=0, c0=0, past=None):
-        """z: of the noisy, then of the clean blocks; or of K noisy ones that the clean share."""
-        n, m = noisy.shape[1], clean.shape[1]
-        h, mods = self.embed(torch.cat([noisy, clean], dim=1)), None  # (B, n + m, r, D)
-        if z is not None:
-            add, mods = self.conditioner(z)
-            if m and z.shape[1] == n:
-                add, *mods = (a if a is None else torch.cat([a, a[:, :m]], 1)
-                              for a in (add, *(mods or ())))
-            h = h if add is None else h + add
+    def _decode(self, noisy, clean, add, mods, n0=0, c0=0, past=None):
+        """Logits of n noisy blocks; add, mods: the conditioner's output for n noisy, m clean."""
+        n = noisy.shape[1]
+        h = self.embed(torch.cat([noisy, clean], dim=1))  # (B, n + m, r, D)
+        h = h if add is None else h + add
         h = self.stack(h[:, :n], h[:, n:] if h.shape[1] > n else None, mods, n0, c0, past)
         return self.head(norm(self.norm, h)).float()  # (B, n, r, V)
 

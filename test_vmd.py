@@ -1458,6 +1458,15 @@ def test_cached_and_uncached_samples_are_the_same(Z, latent, nfe):
     assert (a == b).all() and len(torch.unique(a, dim=0)) > 5
 
 
+@pytest.mark.parametrize("conditioning", ["adaln", "shared", "add"])
+@pytest.mark.parametrize("latent, nfe, want", [("fixed", 2, 4), ("fixed", 1, 4), ("resample", 2, 8)])
+def test_a_latent_is_turned_into_conditioning_once(conditioning, latent, nfe, want):
+    m, calls = tiny(L=8, r=2, conditioning=conditioning), []
+    m.conditioner.register_forward_hook(lambda *args: calls.append(args))
+    diffusion.sample(m, torch.full((5, 8), 3), nfe, latent=latent)
+    assert len(calls) == want                                # 4 blocks, each also as a clean one
+
+
 def test_text_preset_of_the_paper_and_scores_of_samples(tmp_path):
     a = train.settle(["--dataset", "text8", "--preset", "paper"])[0]
     assert (a.layers, a.heads, a.encoder_layers, a.latent_dim) == (8, 8, 4, 128)
