@@ -88,26 +88,27 @@ def token_nats(logits, x0):
 def _latent(model, xt, x0, eps, active, every=False):
     """z ~ q(z | x_t, x_0) where the block is active, z ~ p elsewhere (q = p costs no KL).
 
-    active (B, K); every: it is known that all are. Returns z (B, K, Z), KL(q || p) (B, K),
-    log p(z) / q(z) (B, K); None and zeros without latents.
+    active (B, K); every: it is known that all are. Returns z and mu, logvar of what it was drawn
+    from and of p, each (B, K, Z); z is None without latents.
+    # differs from the paper: q = p where nothing is masked.
     """
     if not model.latent_dim:
-        zero = torch.zeros(active.shape, device=active.device)
-        return None, zero, zero
+        return (None,) + (torch.zeros(*active.shape, 0, device=active.device),) * 4
     q_mu, q_logvar = model.encode(xt, x0)
     z = q_mu + (0.5 * q_logvar).exp() * eps
-    passes = z.shape[1] if model.prior_reads_z and not every else 1
+    passes = eps.shape[1] if model.prior_reads_z and not every else 1
     for _ in range(passes):                              # later priors read what earlier ones drew
         p_mu, p_logvar = model.prior(xt, x0, z)
         mu, logvar = (torch.where(active[..., None], q, p)
                       for q, p in ((q_mu, p_mu), (q_logvar, p_logvar)))
         z = mu + (0.5 * logvar).exp() * eps
-    log_ratio = log_normal(z, p_mu, p_logvar) - log_normal(z, mu, logvar)
-    return z, gaussian_kl(mu, logvar, p_mu, p_logvar), log_ratio
+    return z, mu, logvar, p_mu, p_logvar
 
 
 def objective(model, x0, noise, kind="vmd", kl_weight=1.0, given=None):
     """One Monte-Carlo draw of an objective. x0 (B, L) ids -> loss, recon, kl, each (B,) nats.
+
+    recon and kl are the terms of loss, the weight 1/t included, kl_weight not.
 
     "vmd", the paper's objective, Eqs. 6 and 8: over blocks, the sum of
         (1/t) [sum over masked of CE + kl_weight KL(q(z | x_t, x_0) || p)].
@@ -116,7 +117,8 @@ def objective(model, x0, noise, kind="vmd", kl_weight=1.0, given=None):
         (1/t) sum over masked of CE + kl_weight KL(q(z | x_0) || p),
         the KL once per block and q reading the fully masked x_t. With kl_weight = 1 and noise of
         steps=N an unbiased estimate of NELBO_N >= -log p(x_0) of the sampler that fixes z and
-        reveals each token at one of N steps, independently and uniformly; steps=None: N = infinity.
+        draws tokens at temperature 1 and reveals each at one of N steps, independently and
+        uniformly; steps=None: N = infinity, as t_min goes to 0.
     given: (L,) or (B, L) bool, tokens that are never masked; all is then conditional on them. A
     block with nothing masked takes q = p and pays no KL. A prior that reads x_t (E.3) is read at
     t = 1 by nelbo: the bound holds for the sampler that draws z there and keeps it.
@@ -128,7 +130,7 @@ def objective(model, x0, noise, kind="vmd", kl_weight=1.0, given=None):
     masked = (noise.u < noise.t.repeat_interleave(L // K, 1)) & maskable  # (B, L)
     xt = x0.masked_fill(masked, model.vocab_size)
     hidden = masked if kind == "vmd" else maskable  # what the encoder sees as masked
-    z, kl, _ = _latent(
+    z, *gaussians = _latent(
         model,
         x0.masked_fill(hidden, model.vocab_size),
         x0,
@@ -136,6 +138,7 @@ def objective(model, x0, noise, kind="vmd", kl_weight=1.0, given=None):
         hidden.view(B, K, -1).any(-1),
         every=kind == "nelbo" and given is None,
     )
+    kl = gaussian_kl(*gaussians)  # (B, K)
     ce = (token_nats(model.decode(xt, x0, z), x0) * masked).view(B, K, -1).sum(-1)  # (B, K)
     recon = (ce / noise.t).sum(1)
     kl = (kl / noise.t if kind == "vmd" else kl).sum(1)
@@ -157,8 +160,8 @@ def iwae(model, x0, steps, samples, given=None, generator=None):
     log_w = []
     for _ in range(samples):
         eps = torch.randn(B, L // r, model.latent_dim, generator=generator, device=dev)
-        z, _, log_ratio = _latent(model, all_masked, x0, eps, active)
-        lw = log_ratio.sum(1)
+        z, mu, logvar, *prior = _latent(model, all_masked, x0, eps, active)
+        lw = 0.0 if z is None else (log_normal(z, *prior) - log_normal(z, mu, logvar)).sum(1)
         reveal = torch.randint(1, steps + 1, (B, L), generator=generator, device=dev)
         for n in range(steps, 0, -1):
             logits = model.decode(torch.where((reveal <= n) & maskable, V, x0), x0, z)

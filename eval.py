@@ -5,12 +5,13 @@
     python eval.py --plot joint.png                                     # needs matplotlib
     python eval.py --benchmark --dataset text8 --batch-size 16          # speed; flags of train.py
 
-Metrics are printed in percent and written as fractions; all else is nats. --nfe counts evaluations
+Metrics are printed in percent and written as fractions; losses are nats. --nfe counts evaluations
 per block: with two blocks, the paper's "B=2, NFE=4" is --nfe 2. Sudoku: exact, the share of puzzles
 solved; valid, rules and clues kept; cell, of the cells to fill; each with its standard error.
 """
 
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -28,7 +29,7 @@ import data
 import train
 from diffusion import (LATENT, REMASK, active_units, default_temperature, draw_noise, iwae,
                        objective, sample)
-from model import VMD, Config, complaint, load_checkpoint, norm, one_line, rotary
+from model import VMD, complaint, load_checkpoint, norm, one_line, rotary
 
 SHADES = " ░▒▓█"
 PERCENT = ("acc", "cond_acc", "exact", "valid", "cell", "distinct4")
@@ -248,8 +249,12 @@ class OneSequence(VMD):
         return self.head(norm(self.norm, h[:, : L // r])).flatten(1, 2).float()
 
 
-def timed(runs, device, rounds=5):
-    """Seconds of each callable, {name: list}, called in turn so that noise hits all alike."""
+def timed(runs, device, rounds=5, patience=60.0):
+    """Seconds of each callable, {name: list}, called in turn so that noise hits all alike.
+
+    Ends after `rounds`, or with the round in which `patience` seconds are over.
+    """
+    begin = time.perf_counter()
     out = {name: [] for name in runs}
     cuda = torch.device(device).type == "cuda"
     wait = functools.partial(torch.cuda.synchronize, device) if cuda else lambda: None
@@ -261,6 +266,8 @@ def timed(runs, device, rounds=5):
             wait()
             if i:                                        # the first round warms up
                 out[name].append(time.perf_counter() - start)
+        if i and time.perf_counter() - begin > patience:
+            break
     return out
 
 
@@ -274,48 +281,49 @@ def flop_of(run):
 class Benchmark:
     """Speed of what `train.py FLAGS` would train, on random tokens, beside a matmul.
 
-    Rows {what, variant, unit, rate, least, most, gflops, of_matmul}: the median of five runs taken
-    in turn with the others of its kind, the least and the most.
+    Rows {what, variant, unit, rate, least, most, gflops, of_matmul}: the median of five runs
+    (fewer where they take minutes) taken in turn with the others of its kind, the least, the most.
     """
 
     def __init__(self, flags):
         self.a = train.settle(flags)[0]
         name, options = self.a.dataset, data.options(vars(self.a))
         if name in ("text8", "lm1b", "text"):            # no need to have the text
-            lm1b = name == "lm1b"
+            lm1b, self.prefix = name == "lm1b", 0
             self.L = options.get("length", 128 if lm1b else 256)
             self.V = 30_522 if lm1b else 27
         else:
             ds = data.load(name, **options)
             self.L, self.V = ds.seq_len, ds.vocab_size
-        self.rows, self.g, n = [], torch.Generator().manual_seed(0), 2048
-        m = torch.randn(n, n, device=self.a.device)
-        self.matmul = None
-        self.measure("matmul", {f"{n} x {n}": lambda: m @ m}, 1, "/s", {f"{n} x {n}": 2 * n**3})
+            self.prefix = ds.prefix_len
+        self.rows, self.matmul, self.g = [], None, torch.Generator().manual_seed(0)
+        train.prepare(self.a.device)
 
     def model(self, Z, L=None, kind=VMD):
         """A new network of latent size Z for sequences of L tokens."""
-        a, L = self.a, L or self.L
-        one = a.block_size in (0, self.L)                # one block, whatever the length
-        return kind(Config(self.V, L, L if one else a.block_size, a.width, a.heads, a.layers,
-                           a.encoder_layers, Z, a.latent_hidden, a.conditioning, a.pooling,
-                           a.prior)).to(a.device)
+        a = argparse.Namespace(**vars(self.a) | dict(latent_dim=Z))
+        if a.block_size == self.L:                       # one block, whatever the length
+            a.block_size = 0
+        return kind(train.shape(a, self.V, L or self.L, self.prefix)).to(a.device)
 
     def tokens(self, B, L=None):
         """Random ids (B, L)."""
         return torch.randint(self.V, (B, L or self.L), generator=self.g).to(self.a.device)
 
     def step(self, Z, B, L=None, compiled=False, kind=VMD):
-        """A callable: one optimiser step, as train.py makes it."""
+        """A callable: one optimiser step, as train.py makes it, all tokens maskable."""
         a = argparse.Namespace(**(vars(self.a) | dict(compile=compiled)))
         model, x0 = self.model(Z, L, kind), self.tokens(B, L)
-        step_fn, opt = train.wrap(model, a, 1), torch.optim.Adam(model.parameters(), fused=True)
+        ema = copy.deepcopy(model) if a.ema else None
+        step_fn, opt = train.wrap(model, a, 1), train.optimizer(model, a)
         g = torch.Generator(a.device).manual_seed(0)
 
         def run():
             noise = draw_noise(*x0.shape, model.block_size, Z, a.objective_steps or None, a.t_min,
                                g, a.device)
             train.update(step_fn, opt, x0, None, noise, 1.0, a, 0, 1)
+            if ema:
+                train.update_average(ema, model, a.ema, a.steps)
         return run
 
     def measure(self, what, runs, work, unit, flop=None):
@@ -334,7 +342,11 @@ class Benchmark:
 
     def main(self, sweep):
         """The measurements; sweep: also over lengths and batch sizes."""
-        a, B, L = self.a, self.a.batch_size, self.L
+        a, B, L, n = self.a, self.a.batch_size, self.L, 2048
+        print(f"{'what':<26}{'variant':<16}{'median':>12} {'of':<9}{'range':^22}"
+              f"{'rate':>9}{'of matmul':>16}")
+        m = torch.randn(n, n, device=a.device, dtype=getattr(torch, a.dtype))
+        self.measure("matmul", {a.dtype: lambda: m @ m}, 1, "/s", {a.dtype: 2 * n**3})
         Zs = {"VMD": a.latent_dim, "latent 0": 0} if a.latent_dim else {"latent 0": 0}
         runs = {k: self.step(Z, B) for k, Z in Zs.items()}
         if a.block_size not in (0, L):
@@ -356,7 +368,8 @@ class Benchmark:
         if K > 1:
             models[f"{next(iter(Zs))} no cache"] = Uncached(models[next(iter(Zs))])
         self.measure(f"sampling, {n} step(s)", {
-            k: lambda m=m: sample(m, masks, n) for k, m in models.items()}, B * L, "tokens/s")
+            k: lambda m=m: sample(m, masks, n, temperature=1.0) for k, m in models.items()}, B * L,
+            "tokens/s")
         for length in (64, 256, 1024, 2048) if sweep else ():
             if length % r == 0 or K == 1:
                 batch = max(1, B * L // length)
@@ -367,8 +380,9 @@ class Benchmark:
                     m = self.model(next(iter(Zs.values())), length).eval()
                     masks = torch.full((4, length), self.V, device=a.device)
                     self.measure(f"sampling 4, L = {length}", {
-                        "cache": lambda: sample(m, masks, 1),
-                        "no cache": lambda: sample(Uncached(m), masks, 1)}, 4 * length, "tokens/s")
+                        "cache": lambda: sample(m, masks, temperature=1.0),
+                        "no cache": lambda: sample(Uncached(m), masks, temperature=1.0)},
+                        4 * length, "tokens/s")
         for batch in (1, 4, 16, 64, 256) if sweep else ():
             self.measure(f"training, batch {batch}", {
                 k: self.step(Z, batch) for k, Z in Zs.items()}, batch * L, "tokens/s")
@@ -377,7 +391,7 @@ class Benchmark:
         else:
             import resource                              # not on Windows; KiB on Linux
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(f"peak memory {peak / 2**30:.2f} GiB, {torch.get_num_threads()} threads, {a.device}")
+        print(f"peak memory of all these together {peak / 2**30:.2f} GiB, {torch.get_num_threads()} threads, {a.device}")
         return dict(settings=vars(a), rows=self.rows, peak_bytes=peak, device=str(a.device),
                     threads=torch.get_num_threads())
 
@@ -452,8 +466,8 @@ def print_results(result, ds):
         name = "printed (paper's objective, not a bound)" if b["bound"] == "printed" else name
         per_token = b["nats_per_token"]
         print(f"{name:<40}{b['nats']:>10.4f} {b['se']:>7.4f}"
-              + (f"{per_token / math.log(2):>12.4f}{math.exp(per_token):>12.5g}" if ds.vocab
-                 else ""))
+              + (f"{per_token / math.log(2):>12.4f}" if ds.vocab else "")
+              + (f"{math.exp(per_token):>12.5g}" if ds.vocab and b["bound"] != "printed" else ""))
     if result["latent_dim"]:
         print(f"\nactive latent units per block: {result['active_units']} of "
               f"{result['latent_dim']}")

@@ -382,9 +382,9 @@ def announce(a, model, ds, log):
     streams = 2 - 1 / K                              # noisy and clean tokens per token of data
     tables = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
     head = model.head.weight.numel()                 # read at noisy tokens only
+    path = sum(p.numel() for p in model.conditioner.parameters()) if a.latent_dim else 0
     flop = 6 * a.steps * a.batch_size * (
-        ds.seq_len * (streams * (counts["decoder"] + counts["encoder"] - tables - head) + head)
-        + K * streams * counts["latent pathway"])
+        ds.seq_len * (streams * (sum(counts.values()) - path - tables - head) + head) + K * path)
     log(f"about {flop:.1e} FLOP: {clock(flop / rate / 0.3)} at 30% of the {rate / 1e9:.0f} GFLOP/s "
         f"that a matmul gets on this {a.device} now")
 
@@ -405,6 +405,21 @@ def update_average(ema, model, decay, step):
                          1 - min(decay, (1 + step) / (10 + step)))
 
 
+def optimizer(model, a):
+    """Fused Adam or AdamW over what is not frozen."""
+    cls = torch.optim.AdamW if a.optimizer == "adamw" else torch.optim.Adam
+    decay = a.weight_decay if a.optimizer == "adamw" else 0.0
+    return cls([p for p in model.parameters() if p.requires_grad], lr=a.lr, weight_decay=decay,
+               fused=True)
+
+
+def shape(a, vocab_size, seq_len, prefix_len=0):
+    """The network's Config that the flags ask for, for data of this form."""
+    return Config(vocab_size, seq_len, a.block_size or seq_len, a.width, a.heads, a.layers,
+                  a.encoder_layers, a.latent_dim, a.latent_hidden, a.conditioning, a.pooling,
+                  a.prior, prefix_len)
+
+
 def setup(a, ckpt):
     """Dataset, model, optimizer, EMA and random streams, new or as the checkpoint left them."""
     torch.manual_seed(a.seed)
@@ -415,9 +430,7 @@ def setup(a, ckpt):
     ds.about                                             # reads the data
     if dist.is_initialized() and not local:
         dist.barrier()
-    config = Config(ds.vocab_size, ds.seq_len, a.block_size or ds.seq_len, a.width, a.heads,
-                    a.layers, a.encoder_layers, a.latent_dim, a.latent_hidden, a.conditioning,
-                    a.pooling, a.prior, ds.prefix_len)
+    config = shape(a, ds.vocab_size, ds.seq_len, ds.prefix_len)
     model = VMD(config).to(a.device)
     if a.init_from and ckpt is None:
         source, other = load_checkpoint(a.init_from, a.device)
@@ -431,10 +444,7 @@ def setup(a, ckpt):
         model.load_state_dict(weights, strict=False)
     for k, p in model.named_parameters():
         p.requires_grad_(not a.freeze_decoder or k.startswith(LATENT_PARTS))
-    cls = torch.optim.AdamW if a.optimizer == "adamw" else torch.optim.Adam
-    decay = a.weight_decay if a.optimizer == "adamw" else 0.0
-    opt = cls([p for p in model.parameters() if p.requires_grad], lr=a.lr, weight_decay=decay,
-              fused=True)
+    opt = optimizer(model, a)
     ema = copy.deepcopy(model) if a.ema else None
     streams = {"data": torch.Generator().manual_seed(2 * a.seed),
                "noise": torch.Generator(a.device).manual_seed(2 * a.seed + 1)}
@@ -588,8 +598,9 @@ class Recorder:
             shown.append(f"active {units if len(units) < 9 else f'{min(units)} to {max(units)}'}")
         self.log("  valid " + "  ".join(shown))
         if self.a.latent_dim and sum(result["active"]) == 0:
-            self.log("  the latent has collapsed: no unit is active, z says nothing. Lower "
-                     "--kl-start or --kl-weight, or let the ramp end later (--kl-ramp)")
+            self.log("  the latent has collapsed: no unit is active, z says nothing. Where the "
+                     "given tokens decide all others that is right; else lower --kl-start or "
+                     "--kl-weight, or let the ramp end later (--kl-ramp)")
 
 
 def train(a, ckpt, rank, world):
@@ -720,17 +731,22 @@ def report(model, ds, a, seconds, log):
             f"valid {scores['valid']:.2%}, cells right {scores['cell']:.2%}")
 
 
+def prepare(device):
+    """Settings of the process under which training is fastest."""
+    torch.set_flush_denormal(True)                   # Adam on denormals is several times slower
+    if device.startswith("cuda"):                    # TF32, on tensor cores, as BD3-LM trains
+        torch.set_float32_matmul_precision("high")
+
+
 def main(argv=None):
     """Parses, joins the other processes under torchrun, trains. Returns the exit status."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
-        torch.set_flush_denormal(True)               # Adam on denormals is several times slower
         local = int(os.environ.get("LOCAL_RANK", 0))
         if world > 1 and local < torch.cuda.device_count():
             torch.cuda.set_device(local)
         a, ckpt = settle(argv)
-        if a.device.startswith("cuda"):              # TF32, on tensor cores, as BD3-LM trains
-            torch.set_float32_matmul_precision("high")
+        prepare(a.device)
         if world > 1 and a.device not in ("cpu", "cuda"):
             raise ValueError(f"several processes take --device cuda or cpu, not {a.device}")
         if world > 1:
