@@ -14,6 +14,8 @@ A model offers vocab_size V, block_size r, latent_dim Z (0: no latent), and
     decode(xt, x0, z) -> logits (B, L, V)       reads x_t^b, x_0^{<b}, z^{<=b}; z may be None
     new_cache() -> cache with push(x, z)        finished blocks, x (B, r), z (B, 1, Z) or None
     decode_block(x, z, cache) -> (B, r, V)      decode for the block after the cached ones
+The sampler calls prior and encode on the blocks so far, (B, b r) ids: there x0 may have masks in
+its last block for prior, and the last of z is not yet drawn.
 
 Key: B batch, L length, r block size, K = L/r blocks, Z latent size, V vocabulary; N steps (network
 evaluations) per block. t runs from 0 (clean) to 1 (all masked): a token is masked with probability
@@ -221,7 +223,9 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     """Algorithms 2 and 4: fills the masks (id V) of x (B, L) ids -> (B, L). Other tokens stay.
 
     nfe: network evaluations per block, N. Of the M masked tokens of a row's block, floor(M (n-1)/N)
-    stay masked after step n = N..1; `remask` (random, prob, margin) says which. A block without any
+    stay masked after step n = N..1; `remask` (random, prob, margin) says which.
+    # differs from the paper: which leaves counts and ties open; here ties go to the left.
+    A block without any
     mask costs none, nor does, with one z, a step that unmasks nothing in any row (N > M).
     temperature: of the tokens; 0 is argmax, as in the paper. None: `default_temperature`.
     latent: fixed, one z ~ p per block; resample, a new one each step (E.1), given x_t if the prior

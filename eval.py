@@ -229,7 +229,7 @@ class Uncached:
 
 
 class OneSequence(VMD):
-    """The same network as one sequence [x_t ; x_0] under a dense 2 L x 2 L mask, to compare with."""
+    """The same network as one sequence [x_t ; x_0] under a dense 2 L x 2 L mask, to compare."""
 
     def decode(self, xt, x0, z):
         """As VMD.decode: the same logits, at a higher price."""
@@ -391,7 +391,8 @@ class Benchmark:
         else:
             import resource                              # not on Windows; KiB on Linux
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(f"peak memory of all these together {peak / 2**30:.2f} GiB, {torch.get_num_threads()} threads, {a.device}")
+        print(f"peak memory of all these together {peak / 2**30:.2f} GiB, "
+              f"{torch.get_num_threads()} threads, {a.device}")
         return dict(settings=vars(a), rows=self.rows, peak_bytes=peak, device=str(a.device),
                     threads=torch.get_num_threads())
 

@@ -48,7 +48,7 @@ class Config:
     latent_hidden: int = 4  # width of the hidden layers of z's MLP, in units of D
     conditioning: str = "adaln"  # how z enters the decoder: adaln (C.1), shared (C.2), add (C.3)
     pooling: str = "mean"  # how the encoder summarises a block: mean (C.1) or gated (C.2)
-    prior: str = "standard"  # N(0, I), or block p(z^b | z^{<b}) (E.2), noised p(z^b | x_t^b) (E.3)
+    prior: str = "standard"  # N(0, I); block p(z^b | z^{<b}) (E.2); noised p(z^b | x_t^b, x_0^{<b})
     prefix_len: int = 0  # tokens at the start that are never masked: gated pooling skips them
 
     def __post_init__(self):
@@ -153,8 +153,10 @@ class Stack(nn.Module):
     """Transformer layers over a noisy and a clean stream of blocks.
 
     Noisy block b sees itself and clean blocks < b; clean block b sees clean blocks <= b. With one
-    block there is no clean stream, and nothing is computed for it. Positions: RoPE, and a learned
-    embedding of the place within the block. RoPE alone acts on attention scores only: where all
+    block there is no clean stream, and nothing is computed for it.
+    # differs from the paper: positions are RoPE and a learned embedding of the place within the
+    # block.
+    RoPE alone acts on attention scores only: where all
     values are equal, as in a fully masked first block, every position would get the same output,
     and one step could not write "3 4".
     """
@@ -371,12 +373,12 @@ class VMD(nn.Module):
     def decode(self, xt, x0, z):
         """Training form, all blocks at once -> logits (B, L, V) float32.
 
-        xt, x0 (B, L) ids, z (B, K, Z) or None. Block b reads x_t^b, x_0^{<b} and z^{<=b} (the
-        paper's x_0^{<=b} for the decoder is a slip).
+        xt, x0 (B, L) ids, z (B, K, Z) or None. Block b reads x_t^b, x_0^{<b} and z^{<=b}.
+        # differs from the paper: it prints x_0^{<=b} for the decoder, which would give b away.
         """
         xt, x0 = self.blocks(xt), self.blocks(x0)[:, :-1]  # (B, K, r), (B, K - 1, r)
         condition = (None, None) if z is None else self.conditioner(z)
-        if z is not None and x0.shape[1]:                # clean blocks share the noisy ones' latents
+        if z is not None and x0.shape[1]:                # those of the clean blocks
             condition = mapped(lambda a: torch.cat([a, a[:, :-1]], 1), condition)
         return self._decode(xt, x0, *condition).flatten(1, 2)
 
@@ -386,7 +388,7 @@ class VMD(nn.Module):
 
         x (B, r) ids, z (B, 1, Z) or None. Blocks pushed to the cache since the last call run in
         this same pass, each with its own latent, whose conditioning is computed once as long as it
-        is the same tensor.
+        is the same tensor. Raises ValueError beyond the length L of the config.
         """
         x0 = torch.stack([p[0] for p in cache.pending], 1) if cache.pending else x[:, None][:, :0]
         condition = None, None
@@ -397,13 +399,12 @@ class VMD(nn.Module):
                 cache.conditions.append((new, done[0]))
             condition = mapped(lambda *a: torch.cat(a, 1), *(what for _, what in cache.conditions))
         b, c = cache.blocks + len(cache.pending), self.config
-        need = max(c.seq_len, (b + 1) * c.block_size)
-        if cache.kv is None or cache.kv.shape[4] < need:
-            old = cache.kv
-            cache.kv = self.embed.weight.new_empty(c.layers, 2, len(x), c.heads, need,
+        if (b + 1) * c.block_size > c.seq_len:
+            raise ValueError(f"block {b + 1} of {c.block_size} tokens is beyond the length "
+                             f"{c.seq_len} that the model was made for")
+        if cache.kv is None:
+            cache.kv = self.embed.weight.new_empty(c.layers, 2, len(x), c.heads, c.seq_len,
                                                    c.width // c.heads)
-            if old is not None:
-                cache.kv[:, :, :, :, : old.shape[4]] = old
         logits = self._decode(x[:, None], x0, *condition, b, cache.blocks, cache.kv)
         cache.blocks, cache.pending = b, []
         return logits[:, 0]

@@ -1437,6 +1437,12 @@ def test_lm1b_is_streamed_detokenised_encoded_and_packed(server, tmp_path, monke
     assert data.encode("ab _ c", vocab, blank=True).tolist() == [2, 4, 13, len(vocab), 6]
 
 
+def test_no_more_blocks_than_the_model_was_made_for():
+    m = tiny(L=4, r=2)
+    with pytest.raises(ValueError, match="beyond the length 4"):
+        diffusion.sample(m, torch.full((3, 6), 3), latent="resample")
+
+
 def test_a_judge_scores_by_the_chain_rule():
     m = tiny(L=4, r=1, Z=0, V=3)
     x = torch.tensor(list(itertools.product(range(3), repeat=4)))
@@ -1459,7 +1465,8 @@ def test_cached_and_uncached_samples_are_the_same(Z, latent, nfe):
 
 
 @pytest.mark.parametrize("conditioning", ["adaln", "shared", "add"])
-@pytest.mark.parametrize("latent, nfe, want", [("fixed", 2, 4), ("fixed", 1, 4), ("resample", 2, 8)])
+@pytest.mark.parametrize("latent, nfe, want",
+                         [("fixed", 2, 4), ("fixed", 1, 4), ("resample", 2, 8)])
 def test_a_latent_is_turned_into_conditioning_once(conditioning, latent, nfe, want):
     m, calls = tiny(L=8, r=2, conditioning=conditioning), []
     m.conditioner.register_forward_hook(lambda *args: calls.append(args))

@@ -43,7 +43,8 @@ PAPER = dict(
     lr=1e-3, schedule="constant",
     decay_from=0.0, warmup=0, weight_decay=0.0, clip=0.0, ema=0.0, t_min=1e-3, kl_weight=1.0,
     kl_schedule="none", kl_start=1e-3, kl_ramp=[0.05, 0.4], dtype="float32")
-# Two CPU cores, minutes. A larger t_min spends the samples where z matters; a KL weight above 1
+# differs from the paper: two CPU cores, minutes; KL ramp, clipping, cosine decay, averaged weights. A
+# larger t_min spends the samples where z matters; a KL weight above 1
 # closes the holes that the posteriors leave in the prior (for pairs z is not worth a weight of 2).
 CPU = PAPER | dict(
     layers=3, encoder_layers=1, batch_size=512, steps=3000, lr=2e-3, schedule="cosine",
@@ -129,7 +130,7 @@ def build_parser():
     g.add_argument("--conditioning", choices=CONDITIONING, help="how z enters the decoder")
     g.add_argument("--pooling", choices=POOLING, help="how the encoder summarises a block")
     g.add_argument("--prior", choices=PRIOR, default="standard",
-                   help="of z^b: N(0, I), p(z^b | z^{<b}) (E.2), p(z^b | x_t^b) (E.3)")
+                   help="of z^b: N(0, I), p(z^b | z^{<b}) (E.2), p(z^b | x_t^b, x_0^{<b}) (E.3)")
     g = p.add_argument_group("objective (default: the preset's)")
     g.add_argument("--objective", choices=("vmd", "nelbo"), default="vmd",
                    help="vmd: Eqs. 6, 8; nelbo: a likelihood bound")
