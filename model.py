@@ -143,7 +143,7 @@ class Layer(nn.Module):
             h, a1, g2, b2, a2 = (u if u.dim() == 1 else u[:, :n] for u in (h, a1, g2, b2, a2))
         y = join([F.scaled_dot_product_attention(q[:, :, queries], *(
             join([u[:, :, s] for s in keys]) for u in (k, v)), mask)
-            for queries, keys, mask in (parts[0] if last else parts[0] + parts[1])])
+            for queries, keys, mask in parts[last]])
         y = y.transpose(1, 2).reshape(B, -1, r, D)
         h = h + a1 * self.out(y)
         return h + a2 * self.mlp(norm(self.norm2, h) * (1 + g2) + b2)
@@ -168,7 +168,7 @@ class Stack(nn.Module):
 
     @staticmethod
     def parts(n, c0, m, r, device):
-        """Who attends to whom: lists of (queries, keys, mask), of noisy and of clean queries.
+        """Who attends to whom: lists of (queries, keys, mask), of all and of only noisy queries.
 
         Queries are a slice, keys a list of slices; a mask is boolean, None where all is seen. In
         training n = K noisy blocks stand before m = K - 1 clean ones, cut into chunks of CHUNK
@@ -180,9 +180,12 @@ class Stack(nn.Module):
             return torch.arange(first, end, device=device).repeat_interleave(r)
 
         if n == 1:
-            mask = ids(0, c0 + m) <= ids(c0, c0 + m)[:, None] if m > 1 else None
-            clean = [(slice(r, None), [slice((c0 + m) * r)], mask)] if m else []
-            return [(slice(r), [slice(None)], None)], clean
+            noisy = [(slice(r), [slice(None)], None)]
+            if not m:
+                return noisy, noisy
+            mask = F.pad(ids(0, c0 + m) <= ids(c0, c0 + m)[:, None], (0, r, r, 0))
+            mask[:r] = True                              # the noisy block sees all
+            return [(slice(None), [slice(None)], mask)], noisy
         noisy, clean, size = [], [], max(1, CHUNK // r)
         for a in range(0, n, size):
             e = min(a + size, n)
@@ -195,7 +198,7 @@ class Stack(nn.Module):
             if a < e:
                 mask = ids(0, e) <= ids(a, e)[:, None] if size > 1 else None
                 clean.append((slice((n + a) * r, (n + e) * r), [slice(n * r, (n + e) * r)], mask))
-        return noisy, clean
+        return noisy + clean, noisy
 
     def forward(self, noisy, clean=None, mods=None, n0=0, c0=0, past=None):
         """noisy (B, n, r, D): blocks n0..; clean (B, m, r, D) or None: c0.. -> (B, n, r, D).
