@@ -297,6 +297,8 @@ class Benchmark:
             self.L, self.V = ds.seq_len, ds.vocab_size
             self.prefix = ds.prefix_len
         self.rows, self.matmul, self.g = [], None, torch.Generator().manual_seed(0)
+        Z = self.a.latent_dim
+        self.Zs = {"VMD": Z, "latent 0": 0} if Z else {"latent 0": 0}
         train.prepare(self.a.device)
 
     def model(self, Z, L=None, kind=VMD):
@@ -304,7 +306,8 @@ class Benchmark:
         a = argparse.Namespace(**vars(self.a) | dict(latent_dim=Z))
         if a.block_size == self.L:                       # one block, whatever the length
             a.block_size = 0
-        return kind(train.shape(a, self.V, L or self.L, self.prefix)).to(a.device)
+        prefix = self.prefix if L in (None, self.L) else 0
+        return kind(train.shape(a, self.V, L or self.L, prefix)).to(a.device)
 
     def tokens(self, B, L=None):
         """Random ids (B, L)."""
@@ -340,62 +343,65 @@ class Benchmark:
                   f"{work / max(times):>10,.4g}..{work / min(times):<10,.4g}{gflops:>9.1f} GFLOP/s"
                   f"{gflops / self.matmul:>7.0%}", flush=True)
 
+    def train_rows(self, what, B, L=None):
+        """Training steps of VMD and baseline, batch B."""
+        self.measure(what, {k: self.step(Z, B, L) for k, Z in self.Zs.items()}, B * (L or self.L),
+                     "tokens/s")
+
+    def sample_rows(self, what, B, L, n):
+        """Sampling with n steps per block; up to 1,024 tokens also without the cache."""
+        models = {k: self.model(Z, L).eval() for k, Z in self.Zs.items()}
+        first, masks = next(iter(models.values())), torch.full((B, L), self.V, device=self.a.device)
+        slow = {"no cache": Uncached(first)} if first.block_size < L <= 1024 else {}
+        for group in filter(None, (models, slow)):
+            self.measure(what, {k: lambda m=m: sample(m, masks, n, temperature=1.0)
+                                for k, m in group.items()}, B * L, "tokens/s")
+
+    def sweep(self):
+        """The same over lengths, at equal tokens per step, and over batch sizes."""
+        one, r = self.a.block_size in (0, self.L), self.a.block_size
+        for L in (64, 256, 1024, 2048):
+            if one or L % r == 0:
+                self.train_rows(f"training, L = {L}", max(1, self.a.batch_size * self.L // L), L)
+                if not one:
+                    self.sample_rows(f"sampling 4, L = {L}", 4, L, 1)
+        for B in (1, 4, 16, 64, 256):
+            self.train_rows(f"training, batch {B}", B)
+
+    def peak_bytes(self):
+        """Most memory that all these together took."""
+        if torch.device(self.a.device).type == "cuda":
+            return torch.cuda.max_memory_allocated(self.a.device)
+        import resource                                  # not on Windows; KiB on Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
     def main(self, sweep):
-        """The measurements; sweep: also over lengths and batch sizes."""
-        a, B, L, n = self.a, self.a.batch_size, self.L, 2048
+        """Prints and returns all measurements."""
+        a, B, n = self.a, self.a.batch_size, 2048
         print(f"{'what':<26}{'variant':<16}{'median':>12} {'of':<9}{'range':^22}"
               f"{'rate':>9}{'of matmul':>16}")
         m = torch.randn(n, n, device=a.device, dtype=getattr(torch, a.dtype))
         self.measure("matmul", {a.dtype: lambda: m @ m}, 1, "/s", {a.dtype: 2 * n**3})
-        Zs = {"VMD": a.latent_dim, "latent 0": 0} if a.latent_dim else {"latent 0": 0}
-        runs = {k: self.step(Z, B) for k, Z in Zs.items()}
-        if a.block_size not in (0, L):
+        runs = {k: self.step(Z, B) for k, Z in self.Zs.items()}
+        if a.block_size not in (0, self.L):
             runs["latent 0, dense"] = self.step(0, B, kind=OneSequence)
-        self.measure("training", runs, B * L, "tokens/s")
+        self.measure("training", runs, B * self.L, "tokens/s")
         if a.compile:
-            k, Z = next(iter(Zs.items()))
+            k, Z = next(iter(self.Zs.items()))
             self.measure("training", {f"{k} eager": self.step(Z, B),
-                                      f"{k} compiled": self.step(Z, B, compiled=True)}, B * L,
-                         "tokens/s")
-        models = {k: self.model(Z).eval() for k, Z in Zs.items()}
-        r, K = models["latent 0"].block_size, L // models["latent 0"].block_size
-        x, n = self.tokens(B), min(4, r)
-        z = {k: torch.randn(B, K, Z, device=a.device) if Z else None for k, Z in Zs.items()}
+                                      f"{k} compiled": self.step(Z, B, compiled=True)},
+                         B * self.L, "tokens/s")
+        models, x = {k: self.model(Z).eval() for k, Z in self.Zs.items()}, self.tokens(B)
+        r = models["latent 0"].block_size
+        z = {k: torch.randn(B, self.L // r, Z, device=a.device) if Z else None
+             for k, Z in self.Zs.items()}
         with torch.no_grad():
             self.measure("decoder, all blocks", {
                 k: lambda m=m, k=k: m.decode(x, x, z[k]) for k, m in models.items()}, 1, "NFE/s")
-        masks = torch.full_like(x, self.V)
-        self.measure(f"sampling, {n} step(s)", {
-            k: lambda m=m: sample(m, masks, n, temperature=1.0) for k, m in models.items()}, B * L,
-            "tokens/s")
-        if K > 1:
-            m = next(iter(models.values()))
-            self.measure(f"sampling, {n} step(s)", {
-                "cache": lambda: sample(m, masks, n, temperature=1.0),
-                "no cache": lambda: sample(Uncached(m), masks, n, temperature=1.0)}, B * L,
-                "tokens/s")
-        for length in (64, 256, 1024, 2048) if sweep else ():
-            if length % r == 0 or K == 1:
-                batch = max(1, B * L // length)
-                self.measure(f"training, L = {length}", {
-                    k: self.step(Z, batch, length) for k, Z in Zs.items()}, batch * length,
-                    "tokens/s")
-                if K > 1:
-                    models = {k: self.model(Z, length).eval() for k, Z in Zs.items()}
-                    slow = {"no cache": Uncached(next(iter(models.values())))}
-                    masks = torch.full((4, length), self.V, device=a.device)
-                    for group in (models, slow) if length <= 1024 else (models,):
-                        self.measure(f"sampling 4, L = {length}", {
-                            k: lambda m=m: sample(m, masks, temperature=1.0)
-                            for k, m in group.items()}, 4 * length, "tokens/s")
-        for batch in (1, 4, 16, 64, 256) if sweep else ():
-            self.measure(f"training, batch {batch}", {
-                k: self.step(Z, batch) for k, Z in Zs.items()}, batch * L, "tokens/s")
-        if torch.device(a.device).type == "cuda":
-            peak = torch.cuda.max_memory_allocated(a.device)
-        else:
-            import resource                              # not on Windows; KiB on Linux
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.sample_rows(f"sampling, {min(4, r)} step(s)", B, self.L, min(4, r))
+        if sweep:
+            self.sweep()
+        peak = self.peak_bytes()
         print(f"peak memory of all these together {peak / 2**30:.2f} GiB, "
               f"{torch.get_num_threads()} threads, {a.device}")
         return dict(settings=vars(a), rows=self.rows, peak_bytes=peak, device=str(a.device),

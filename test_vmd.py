@@ -1960,8 +1960,7 @@ def test_benchmark_counts_and_compares(tmp_path, monkeypatch, capsys):
     names = [(r["what"].split(",")[0], r["variant"]) for r in rows]
     assert names == [("matmul", "float32"), ("training", "VMD"), ("training", "latent 0"),
                      ("training", "latent 0, dense"), ("decoder", "VMD"), ("decoder", "latent 0"),
-                     ("sampling", "VMD"), ("sampling", "latent 0"), ("sampling", "cache"),
-                     ("sampling", "no cache")]
+                     ("sampling", "VMD"), ("sampling", "latent 0"), ("sampling", "no cache")]
     assert all(r["least"] <= r["rate"] <= r["most"] for r in rows) and rows[0]["of_matmul"] == 1
     # D = 16, r = 4, K = 2; one layer, in which the clean block gives keys and values only
     m = VMD(Config(27, 8, 4, 16, 2, 1, 1, 0))

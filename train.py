@@ -43,9 +43,9 @@ PAPER = dict(
     lr=1e-3, schedule="constant",
     decay_from=0.0, warmup=0, weight_decay=0.0, clip=0.0, ema=0.0, t_min=1e-3, kl_weight=1.0,
     kl_schedule="none", kl_start=1e-3, kl_ramp=[0.05, 0.4], dtype="float32")
-# differs from the paper: two CPU cores, minutes; KL ramp, clipping, cosine decay, averaged weights. A
-# larger t_min spends the samples where z matters; a KL weight above 1
-# closes the holes that the posteriors leave in the prior (for pairs z is not worth a weight of 2).
+# differs from the paper: two CPU cores, minutes; KL ramp, clipping, cosine decay, averaged weights.
+# A larger t_min spends the samples where z matters; a KL weight above 1 closes the holes that the
+# posteriors leave in the prior (for pairs z is not worth a weight of 2).
 CPU = PAPER | dict(
     layers=3, encoder_layers=1, batch_size=512, steps=3000, lr=2e-3, schedule="cosine",
     decay_from=0.5, warmup=50, clip=1.0, ema=0.998, t_min=0.2, kl_weight=1.3,
