@@ -2338,6 +2338,9 @@ def test_readme_commands_parse():
     pattern = r"^ *(?:torchrun [^\n]*?)?(?:python )?(train|sample|eval)\.py([^\n#|`&;]*)"
     commands = re.findall(pattern, text, re.M)
     assert len(commands) >= 6
+    variables = dict(re.findall(r'^ *(\w+)="([^"\n]*)"', text, re.M))
     for script, flags in commands:
         parser = dict(train=train, sample=sampling, eval=evaluation)[script].build_parser()
+        for name, value in variables.items():                # of several flags; others: of one
+            flags = flags.replace(f"${name} ", value + " ")
         parser.parse_args([re.sub(r"\$\{?\w+\}?", "1", f) for f in shlex.split(flags)])
