@@ -223,10 +223,9 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     """Algorithms 2 and 4: fills the masks (id V) of x (B, L) ids -> (B, L). Other tokens stay.
 
     nfe: network evaluations per block, N. Of the M masked tokens of a row's block, floor(M (n-1)/N)
-    stay masked after step n = N..1; `remask` (random, prob, margin) says which.
-    # differs from the paper: which leaves counts and ties open; here ties go to the left.
-    A block without any
+    stay masked after step n = N..1; `remask` (random, prob, margin) says which. A block without any
     mask costs none, nor does, with one z, a step that unmasks nothing in any row (N > M).
+    # differs from the paper: it leaves counts and ties open; here ties go to the left.
     temperature: of the tokens; 0 is argmax, as in the paper. None: `default_temperature`.
     latent: fixed, one z ~ p per block; resample, a new one each step (E.1), given x_t if the prior
     reads it; encoder, after the first step z ~ q(z | x_t, x_0-hat), x_0-hat the argmax (E.4).

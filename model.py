@@ -154,11 +154,9 @@ class Stack(nn.Module):
 
     Noisy block b sees itself and clean blocks < b; clean block b sees clean blocks <= b. With one
     block there is no clean stream, and nothing is computed for it.
-    # differs from the paper: positions are RoPE and a learned embedding of the place within the
-    # block.
-    RoPE alone acts on attention scores only: where all
-    values are equal, as in a fully masked first block, every position would get the same output,
-    and one step could not write "3 4".
+    # differs from the paper: to RoPE comes a learned embedding of the place within the block. RoPE
+    # alone acts on attention scores only: where all values are equal, as in a fully masked first
+    # block, every position would get the same output, and one step could not write "3 4".
     """
 
     def __init__(self, layers, D, H, r):

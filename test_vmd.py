@@ -1973,6 +1973,30 @@ def test_benchmark_counts_and_compares(tmp_path, monkeypatch, capsys):
     assert evaluation.flop_of(lambda: m.decode(x, x, None)) == linear + attention
 
 
+def test_benchmark_times_what_is_compiled_and_sweeps(monkeypatch):
+    b = evaluation.Benchmark(("--dataset text8 --length 8 --width 16 --heads 2 --layers 1 "
+                              "--encoder-layers 1 --latent-dim 2 --batch-size 2 --compile").split())
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    monkeypatch.setattr(b, "measure", lambda what, runs, work, unit, flop=None:
+                        seen.append((what, list(runs), work, flop)))
+    b.main(sweep=True)
+    # FlopCounterMode around a first call would leave it uncompiled
+    assert [set(flop) for _, runs, _, flop in seen if "compiled" in runs] == [{"eager", "compiled"}]
+    assert [(what.split(",")[0], work) for what, _, work, _ in seen if "1024" in what] == [
+        ("training", 1024), ("sampling 4", 4096), ("sampling 4", 4096)]
+    assert ("sampling 4, L = 2048", ["VMD", "latent 0"], 8192, None) in seen
+    assert not any("2048" in what and "no cache" in runs for what, runs, *_ in seen)
+    assert seen[-1][0::2] == ("training, batch 256", 2048)
+
+
+def test_timing_ends_when_patience_does():
+    calls = []
+    assert len(evaluation.timed({"a": lambda: calls.append(1)}, "cpu", patience=-1)["a"]) == 1
+    assert len(calls) == 2                               # the first call warms up
+    assert len(evaluation.timed({"a": lambda: None}, "cpu")["a"]) == 5
+
+
 WRONG = """
 train --dataset chess
 train --steps 0
