@@ -1479,6 +1479,12 @@ def test_text_preset_of_the_paper_and_scores_of_samples(tmp_path):
     assert (a.layers, a.heads, a.encoder_layers, a.latent_dim) == (8, 8, 4, 128)
     assert (a.optimizer, a.lr, a.warmup, a.batch_size, a.ema) == ("adamw", 3e-4, 2500, 512, 0.9999)
     assert (a.conditioning, a.block_size, a.width, a.dtype) == ("add", 4, 256, "float32")
+    assert (a.objective, a.objective_steps, a.kl_schedule) == ("vmd", 0, "none")
+    on_a_cpu = ["--dataset", "text8", "--preset", "cpu"]
+    a = train.settle(on_a_cpu)[0]
+    assert (a.objective, a.objective_steps) == ("nelbo", 2)
+    a = train.settle([*on_a_cpu, "--objective", "vmd"])[0]         # the preset's N steps fall away
+    assert (a.objective, a.objective_steps) == ("vmd", 0)
     (tmp_path / "t.txt").write_text("abcd" * 300)
     ds = data.load("text", data_path=tmp_path / "t.txt", length=4)
     got = ds.metrics(torch.tensor([[0, 0, 1, 1], [0, 1, 2, 3], [0, 1, 2, 3]]))
