@@ -72,7 +72,7 @@ TEXT = PAPER | dict(                                 # C.3; steps are BD3-LM's, 
     dtype="bfloat16")
 for name in ("text8", "lm1b", "text"):
     # differs from the paper: t in {1/2, 1} teaches z more than t near 0; few units, and a KL weight
-    # that starts high enough for the decoder not to copy the text from z.
+    # that starts high enough for the decoder not to copy all of the text from z.
     PRESETS[name] = {"paper": dict(TEXT), "cpu": CPU | dict(
         length=64, block_size=4, width=128, encoder_layers=2, latent_dim=8, conditioning="add",
         objective="nelbo", objective_steps=2, batch_size=64, steps=1000, lr=1e-3, t_min=1e-3,
