@@ -444,7 +444,7 @@ def check_size(path, max_gib=MAX_GIB):
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file at {path}")
     have = Path(path).stat().st_size / 2**30
-    if have > max_gib:
+    if not have <= max_gib:                              # nan allows nothing
         raise ValueError(f"{path} has {have:.3g} GiB; train.py's --max-gib allows {max_gib:g}")
 
 
@@ -1120,8 +1120,8 @@ def load(name, vocab=None, **given):
         return Synthetic(name, torch.cat([first, second], 1))
     if name == "needle":
         length = given.get("length", 20)
-        if length < 8:
-            raise ValueError(f"length of needle must be at least 8, not {length}")
+        if not 8 <= length <= 10**6:
+            raise ValueError(f"length of needle must lie in 8..10^6, not {length}")
         return Synthetic(name, torch.cat([run, torch.full((V, length - 8), -1), run], 1))
     strength = given.get("strength", 1.0)
     if not 0 <= strength <= 1:

@@ -176,16 +176,18 @@ def iwae(model, x0, steps, samples, given=None, generator=None):
 def active_units(model, x0, threshold=0.01, given=None, batch_size=1000):
     """Active latent units of each block, Var_x E_q[z_j] > threshold (Burda et al. 2016).
 
-    x0 (B, L) -> (K,) ints. q reads the fully masked sequence. Zero everywhere: the posterior has
-    collapsed, z says nothing.
+    x0 (B, L) -> (K,) ints. q reads the fully masked sequence; of its mean counts what it adds to
+    that of the prior. Zero everywhere: the posterior has collapsed, z says nothing.
     """
     if not model.latent_dim:
         return torch.zeros(x0.shape[1] // model.block_size, dtype=torch.long)
     maskable = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given.expand(x0.shape)
     xt = x0.masked_fill(maskable, model.vocab_size)
-    mu = torch.cat([model.encode(*part)[0] for part in zip(xt.split(batch_size),
-                                                           x0.split(batch_size))])
-    return (mu.var(dim=0, correction=0) > threshold).sum(-1)
+    added = []
+    for part in zip(xt.split(batch_size), x0.split(batch_size)):
+        mu = model.encode(*part)[0]
+        added.append(mu - model.prior(*part, mu)[0])     # (n, K, Z)
+    return (torch.cat(added).var(dim=0, correction=0) > threshold).sum(-1)
 
 
 def confidence(probs, remask):

@@ -6,8 +6,9 @@
     python eval.py --benchmark --dataset text8 --batch-size 16          # speed; flags of train.py
 
 Metrics are printed in percent and written as fractions; losses are nats. --nfe counts evaluations
-per block: with two blocks, the paper's "B=2, NFE=4" is --nfe 2. Sudoku: exact, the share of puzzles
-solved; valid, rules and clues kept; cell, of the cells to fill; each with its standard error.
+per block: with two blocks, the paper's "B=2, NFE=4" is --nfe 2. Sudoku: exact, the share of answers
+that are the puzzle's solution; valid, rules and clues kept; cell, of the cells to fill; each with its
+standard error.
 """
 
 import argparse
@@ -58,7 +59,8 @@ def build_parser():
                    help="fixed, resampled (E.1), or from the encoder (E.4); default: fixed; "
                    "sudoku: all")
     g.add_argument("--temperature", type=float, nargs="+",
-                   help="of the tokens, 0: argmax; default: 0 with a latent, else 1; text: 1")
+                   help="of the tokens, 0: argmax; default: 0 with a latent, else 1; text: 1; "
+                   "sudoku without a latent: 1 0")
     g.add_argument("--num", type=int,
                    help="samples per row; default: 20000; array: 1000; text: 256; sudoku: 1000 "
                    "puzzles, or all of --data-path")
@@ -121,7 +123,7 @@ def load_judge(a, ckpt):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(a.gen_ppl)
             lm = transformers.AutoModelForCausalLM.from_pretrained(a.gen_ppl).to(a.device).eval()
-        except (OSError, ValueError) as e:
+        except (ImportError, OSError, ValueError) as e:
             raise ValueError(f"cannot load {a.gen_ppl}: {one_line(e)}") from None
         return lambda x: torch.tensor([
             hf_perplexity(lm, tokenizer, re.sub(r" ?\[(CLS|SEP)\] ?", " ", text).strip())
@@ -189,6 +191,9 @@ def bound_rows(model, ds, a, t_min=1e-5):
     """printed, NELBO_N and IWAE on test data, each {bound, steps, nats, se}; nats per sequence."""
     g, gd = torch.Generator().manual_seed(a.seed), torch.Generator(a.device).manual_seed(a.seed)
     x0, given = ds.test(a.bound_num, g)
+    if len(x0) < 2:
+        raise ValueError("a standard error needs two test sequences; leave the bounds out with "
+                         "--bound-steps and no number")
     batches = [(x.to(a.device), None if given is None else given[at].to(a.device))
                for x, at in zip(x0.split(a.batch_size), torch.arange(len(x0)).split(a.batch_size))]
     r, Z, rows = model.block_size, model.latent_dim, []
@@ -200,13 +205,14 @@ def bound_rows(model, ds, a, t_min=1e-5):
                 values.append(objective(model, x, noise, kind, given=known)[0])
         nats, se = mean_se(torch.cat(values))
         rows.append(dict(bound="printed" if kind == "vmd" else "nelbo", steps=steps or None,
-                         nats=nats, se=se, nats_per_token=nats / x0.shape[1]))
+                         nats=nats, se=se))
     for steps in a.bound_steps if a.iwae else ():
         if steps:
             values = [iwae(model, x, steps, a.iwae, known, gd) for x, known in batches]
             nats, se = mean_se(torch.cat(values))
-            rows.append(dict(bound=f"iwae_{a.iwae}", steps=steps, nats=nats, se=se,
-                             nats_per_token=nats / x0.shape[1]))
+            rows.append(dict(bound=f"iwae_{a.iwae}", steps=steps, nats=nats, se=se))
+    for row in rows if given is None else ():            # else some tokens cost nothing
+        row["nats_per_token"] = row["nats"] / x0.shape[1]
     return rows
 
 
@@ -476,11 +482,12 @@ def print_results(result, ds):
               + (f"{'bits/token':>12}{'perplexity':>12}" if ds.vocab else ""))
     for b in result["bounds"]:
         name = f"{b['bound'].upper()}, N = {b['steps'] or 'infinity'}"
-        name = "printed (paper's objective, not a bound)" if b["bound"] == "printed" else name
-        per_token = b["nats_per_token"]
+        is_bound = b["bound"] != "printed" or not result["latent_dim"]
+        if b["bound"] == "printed":
+            name = "printed (paper's objective" + (")" if is_bound else ", not a bound)")
         print(f"{name:<40}{b['nats']:>10.4f} {b['se']:>7.4f}"
-              + (f"{per_token / math.log(2):>12.4f}" if ds.vocab else "")
-              + (f"{math.exp(per_token):>12.5g}" if ds.vocab and b["bound"] != "printed" else ""))
+              + (f"{b['nats_per_token'] / math.log(2):>12.4f}" if ds.vocab else "")
+              + (f"{math.exp(b['nats_per_token']):>12.5g}" if ds.vocab and is_bound else ""))
     if result["latent_dim"]:
         print(f"\nactive latent units per block: {result['active_units']} of "
               f"{result['latent_dim']}")
@@ -509,8 +516,8 @@ def load_data(a, model, ckpt):
     return ds
 
 
-def run(a):
-    """Evaluates and prints. Raises ValueError, FileNotFoundError."""
+def check(a):
+    """Raises ValueError on flags that are out of range or contradict each other."""
     if a.sweep and a.benchmark is None:
         raise ValueError("--sweep needs --benchmark")
     for name, least in (("num", 1), ("bound_num", 2), ("batch_size", 1), ("iwae", 0)):
@@ -529,13 +536,15 @@ def run(a):
     for file in (a.json, a.plot):
         if file is not None:
             data.check_output(file)
-    if a.benchmark is not None:
-        return write_json(a.json, Benchmark(a.benchmark).main(a.sweep))
-    model, ckpt = load_checkpoint(a.ckpt, a.device)
-    args, start, ds = ckpt["args"], time.time(), load_data(a, model, ckpt)
+
+
+def fill_defaults(a, model, ds):
+    """Sets the flags that were not given to what suits the data and the model."""
     temperature = default_temperature(model) if ds.temperature is None else ds.temperature
     defaults = dict(num=ds.score_num, bound_num=ds.bound_num, nfe=[ds.nfe], remask=[ds.remask],
                     latent=["fixed"], temperature=[temperature]) | GRIDS.get(ds.name, {})
+    if ds.name == "sudoku" and not model.latent_dim:     # argmax may suit a baseline here
+        defaults["temperature"] = [1.0, 0.0]
     if a.data_path and ds.name == "sudoku":
         defaults["num"] = ds.test_set.shape[1]           # all of the file
     for k, v in defaults.items():
@@ -543,6 +552,16 @@ def run(a):
             setattr(a, k, v)
     if a.batch_size is None:                             # some GB of activations and logits
         a.batch_size = max(1, min(2000, 2**17 // ds.seq_len, 2**26 // ds.seq_len // ds.vocab_size))
+
+
+def run(a):
+    """Evaluates and prints. Raises ValueError, FileNotFoundError."""
+    check(a)
+    if a.benchmark is not None:
+        return write_json(a.json, Benchmark(a.benchmark).main(a.sweep))
+    model, ckpt = load_checkpoint(a.ckpt, a.device)
+    args, start, ds = ckpt["args"], time.time(), load_data(a, model, ckpt)
+    fill_defaults(a, model, ds)
     two_tokens = ds.seq_len == 2 and ds.entropy is not None
     journal = Path(a.ckpt).parent / "log.jsonl"
     if a.plot and not two_tokens and ds.name != "sudoku":
@@ -559,8 +578,10 @@ def run(a):
     result = dict(dataset=ds.name, checkpoint=str(a.ckpt), step=ckpt["step"], seed=a.seed,
                   device=str(a.device), seconds=round(time.time() - start, 2),
                   params=model.param_counts(), latent_dim=model.latent_dim,
-                  active_units=active.tolist(), train_args=args, rows=rows, bounds=bounds)
-    print(f"{ds.name}, {a.ckpt}, step {ckpt['step']}, {len(x):,} samples, seed {a.seed}, "
+                  active_units=active.tolist(), train_args=args, eval_args=vars(a), rows=rows,
+                  bounds=bounds)
+    where = f" {a.data_path}" if a.data_path else ""
+    print(f"{ds.name}{where}, {a.ckpt}, step {ckpt['step']}, {len(x):,} samples, seed {a.seed}, "
           f"{a.device}")
     print_results(result, ds)
     if two_tokens:

@@ -478,28 +478,36 @@ def test_priors_depend_on_what_they_may():
     assert (tiny(L, r).prior(xt, x0, z)[0] == 0).all()
 
 
+@pytest.mark.parametrize("idle", [[1], [0, 1]])
+@pytest.mark.parametrize("kind", ["vmd", "nelbo"])
 @pytest.mark.parametrize("prior", network.PRIOR)
-def test_kl_is_that_of_the_chain_of_priors(prior):
+def test_kl_is_that_of_the_chain_of_priors(prior, kind, idle):
     m, g = tiny(6, 2, prior=prior), torch.Generator().manual_seed(0)
     x0, eps = torch.randint(3, (5, 6), generator=g), torch.randn(5, 3, 3, generator=g)
     noise = Noise(torch.full((5, 3), 0.5), torch.rand(5, 6, generator=g), eps)
-    noise.u[:, 2:4] = 0.9                                    # nothing masked in the second block
-    noise.u[:, 0], noise.u[:, 5] = 0.1, 0.1
-    xt = torch.where(noise.u < 0.5, 3, x0)
+    noise.u[:, ::2] = 0.1                                    # something masked in each block,
+    quiet = torch.isin(torch.arange(6) // 2, torch.tensor(idle))         # but not in these
+    noise.u[:, quiet] = 0.9
+    masked, given = noise.u < 0.5, quiet if kind == "nelbo" else None
+    xt = torch.where(masked if kind == "vmd" else ~quiet, 3, x0)         # what q and p read
     mu, logvar = m.encode(xt, x0)
     z, kls = mu + (0.5 * logvar).exp() * eps, []
     for b in range(3):                                       # block by block
         p_mu, p_logvar = (a[:, b] for a in m.prior(xt, x0, z))
-        if b == 1:
+        if b in idle:
             z[:, b] = p_mu + (0.5 * p_logvar).exp() * eps[:, b]
         q = torch.distributions.Normal(mu[:, b], (0.5 * logvar[:, b]).exp())
         p = torch.distributions.Normal(p_mu, (0.5 * p_logvar).exp())
-        kls.append(torch.distributions.kl_divergence(q, p).sum(-1) * (b != 1) / 0.5)
-    _, recon, kl = objective(m, x0, noise)
-    assert_close(kl, sum(kls))
-    ce = diffusion.token_nats(m.decode(xt, x0, z), x0)
-    assert_close(recon, (ce * (noise.u < 0.5)).sum(1) / 0.5)
-    # a resampled latent is drawn anew from p(z | x_t); later blocks read the last z of earlier ones
+        kls.append(torch.distributions.kl_divergence(q, p).sum(-1) * (b not in idle))
+    _, recon, kl = objective(m, x0, noise, kind, given=given)
+    assert_close(kl, sum(kls) / (0.5 if kind == "vmd" else 1))
+    ce = diffusion.token_nats(m.decode(torch.where(masked, 3, x0), x0, z), x0)
+    assert_close(recon, (ce * masked).sum(1) / 0.5)
+
+
+@pytest.mark.parametrize("prior", network.PRIOR)
+def test_a_resampled_latent_is_drawn_from_the_prior_given_x_t_and_the_last_earlier_ones(prior):
+    m = tiny(6, 2, prior=prior)
     seen, pushed, plain = [], [], m.prior
 
     class Watched(Cache):
@@ -601,6 +609,11 @@ def test_active_units_counts_what_moves_with_the_data():
             mu = torch.stack([k, 0.01 * k, torch.ones(len(k))], 1)[:, None]
             return mu, torch.zeros_like(mu)
     assert active_units(Fixed(3), PAIRS).tolist() == [1]
+
+    class Learned(Fixed):        # the same, not more than the prior of E.2 or E.3 says already
+        def prior(self, xt, x0, z):
+            return self.encode(xt, x0)
+    assert active_units(Learned(3), PAIRS).tolist() == [0]
     assert active_units(PerfectPairs(0), PAIRS).tolist() == [0]
 
 
@@ -663,6 +676,11 @@ def test_sampler_reveals_floor_counts_in_exactly_n_evaluations(remask, latent, t
         assert (xt == model.calls[1][0]).all() and (guess < V).all()
         best = model.calls[0][3].argmax(-1)        # x_0-hat
         assert (guess == torch.where(xt == V, best, xt)).all()
+        xt, guess = model.encoded[N - 1]        # of the second block, after the finished first
+        assert (xt[:, :r] == out[:, :r]).all() and (guess[:, :r] == out[:, :r]).all()
+        assert (xt[:, r:] == model.calls[N + 1][0]).all()
+        best = model.calls[N][3].argmax(-1)
+        assert (guess[:, r:] == torch.where(xt[:, r:] == V, best, xt[:, r:])).all()
 
 
 @pytest.mark.parametrize("remask", ["prob", "margin"])
@@ -1698,14 +1716,15 @@ def test_what_is_not_finite_stops_training_and_the_last_good_checkpoint_stays(
 
 def test_decoder_from_a_pretrained_baseline_trained_on_or_frozen(tmp_path):
     base = tmp_path / "mdm"
-    assert train.main(FAST + ["--latent-dim", "0", "--out", str(base)]) == 0
+    assert train.main(FAST + ["--latent-dim", "0", "--ema", "0.9", "--out", str(base)]) == 0
     for flags, moves in (([], True), (["--freeze-decoder"], False)):
         out = tmp_path / f"vmd{moves}"
-        assert train.main(FAST + flags + ["--init-from", str(base / "last.pt"), "--out",
-                                          str(out)]) == 0
-        a, b = weights(base)["model"], weights(out)["model"]
+        assert train.main(FAST + flags + ["--prior", "noised", "--init-from",
+                                          str(base / "last.pt"), "--out", str(out)]) == 0
+        a, b = weights(base)["ema"], weights(out)["model"]       # averaged weights, where there are
         assert same(a, {k: b[k] for k in a}) != moves
-        assert any(k.startswith("encoder.") for k in b)
+        trained = sum(s["exp_avg"].any().item() for s in weights(out)["optimizer"]["state"].values())
+        assert trained == len(b if moves else b.keys() - a.keys())
     tuned = load_checkpoint(tmp_path / "vmdFalse" / "last.pt")[0]
     x, z = torch.full((3, 2), 10), torch.randn(3, 1, 4)
     with torch.no_grad():
@@ -1930,14 +1949,36 @@ def test_text_is_prompted_filled_in_and_judged(trained, monkeypatch, capsys):
 def test_every_dataset_and_choice_trains_samples_and_evaluates(trained, monkeypatch, capsys, flags):
     monkeypatch.chdir(trained)
     assert train.main(FAST + ["--out", "other"] + flags.split()) == 0
+    out = capsys.readouterr().out        # a baseline of several steps is no product of marginals
+    assert ("one step per block" in out) == (re.search(r"d\d --block-size", flags) is not None)
+    assert "one step per block" not in out or "independent tokens" not in out
+    ckpt = weights(trained / "other")
+    settings = ckpt["args"] | ckpt["config"]
+    for flag, value in re.findall(r"--(\S+) (\S+)", flags):
+        assert str(settings[flag.replace("-", "_")]) == value
     for latent in diffusion.LATENT:
         assert sampling.main(["--ckpt", "other/last.pt", "--latent", latent, "--nfe", "2"]) == 0
     assert evaluation.main(["--ckpt", "other/last.pt", "--num", "50", "--bound-num", "20",
                             "--json", "o.json"]) == 0
-    assert "Traceback" not in capsys.readouterr().err
+    done = capsys.readouterr()
+    assert "Traceback" not in done.err
+    assert ("not a bound" in done.out) == ("--latent-dim 0" not in flags)
     r = json.loads((trained / "o.json").read_text())
+    assert r["eval_args"]["num"] == 50
+    colds = {row["temperature"] for row in r["rows"]}    # argmax may suit a baseline of puzzles
+    assert (len(colds) == 2) == ("sudoku" in flags and "--latent-dim 0" in flags)
     assert ("cond_acc" in r["rows"][0]) == ("needle" in flags)
     assert all(math.isfinite(b["nats"]) for b in r["bounds"])
+
+
+@pytest.mark.parametrize("module", [sampling, evaluation])
+def test_choices_reach_the_sampler(trained, monkeypatch, module):
+    monkeypatch.chdir(trained)
+    seen, plain = [], diffusion.sample
+    monkeypatch.setattr(module, "sample", lambda *args: seen.append(args[2:7]) or plain(*args))
+    assert module.main("--num 3 --nfe 2 --remask margin --temperature 0.5 --latent encoder "
+                       "--batch-size 7".split()) == 0
+    assert set(seen) == {(2, "margin", 0.5, "encoder", 7)}
 
 
 def test_heat_map_draws_what_it_is_given():
@@ -2155,7 +2196,8 @@ def wrong_values():
     huge, may = "99999999999999999999", {"train --seed -1", "sample --seed -1", "eval --seed -1"}
     for script, module in SCRIPTS.items():
         may |= {f"{script} {f}" for f in (f"--batch-size {huge}", "--out none/x", "--out /dev/null",
-                                          "--json /dev/null", "--plot /dev/null")}
+                                          "--json /dev/null", "--plot /dev/null",
+                                          "--max-gib inf")}
         for action in module.build_parser()._actions:
             values = (["nope", ""] if action.choices else
                       ["x", "", "1.5", "-1", huge] if action.type is int else
@@ -2171,9 +2213,18 @@ def wrong_values():
 def test_every_flag_refuses_wrong_values(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     before, count = files(trained), 0
+    paths = dict(array=["--data-path", "tokens.npy"], text=["--data-path", "t.txt"])
     for script, flags in wrong_values():
+        name, base = flags[0][2:].replace("-", "_"), []
+        owner = next((d for d, names in data.OPTIONS.items() if name in names), None)
+        if script == "train":        # where the flag has a meaning
+            base = ["--steps", "1", "--batch-size", "8", "--out", "wrong"]
+            base += ["--dataset", owner] + paths.get(owner, []) if owner else []
+        elif name in ("clues", "puzzle", "data_path"):
+            base = ["--ckpt", "sud/last.pt"]
+        elif name in ("prompt", "length", "judge"):
+            base = ["--ckpt", "txt/last.pt"]
         flags = [f"{flags[0]}={flags[1]}"] if len(flags) == 2 else flags
-        base = ["--steps", "1", "--batch-size", "8"] if script == "train" else []
         assert status_of(capsys, script, base + flags) == 2, (script, flags)
         count += 1
     assert count > 250 and before == files(trained)

@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from diffusion import active_units, draw_noise, objective, sample
+from diffusion import active_units, default_temperature, draw_noise, objective, sample
 from model import (CHECKPOINT_VERSION, CONDITIONING, POOLING, PRIOR, VMD, Config, complaint,
                    load_checkpoint, one_line, usable)
 
@@ -101,7 +101,8 @@ def build_parser():
     g.add_argument("--strength", type=float,
                    help="pairs_strength: probability p of the successor, 0..1; default: 1")
     g.add_argument("--length", type=int,
-                   help="sequence length L in tokens; default: needle 20, lm1b 128, text 256")
+                   help="sequence length L in tokens; default: needle 20; text 64 with the cpu "
+                   "preset, else 256, lm1b 128")
     g.add_argument("--grid", type=int, choices=tuple(data.BOXES),
                    help="sudoku: n of an n x n board; default: the preset's")
     g.add_argument("--layout", choices=data.LAYOUTS,
@@ -362,15 +363,24 @@ def on(device, *tensors):
             .to(device, non_blocking=True) for t in tensors]
 
 
+def barrier():
+    """Waits for all processes. Raises ValueError if another one has ended."""
+    try:
+        dist.barrier()
+    except RuntimeError as e:
+        raise ValueError(f"another process has failed ({one_line(e)})") from None
+
+
 def independent(ds, n=20_000):
-    """The best that one step without a latent can do: metrics of the product of true marginals."""
+    """Metrics of the product of the true marginals: the best that one step for all tokens can do
+    without a latent."""
     x, _ = ds.test(n, torch.Generator().manual_seed(2))
     g = torch.Generator().manual_seed(3)
     shuffled = [column[torch.randperm(n, generator=g)] for column in x.unbind(1)]
     return ds.metrics(torch.stack(shuffled, dim=1))
 
 
-def announce(a, model, ds, log):
+def announce(a, model, ds, world, log):
     """Prints what will be trained, with what, and about how long it takes."""
     counts = model.param_counts()
     K = ds.seq_len // model.block_size
@@ -391,8 +401,9 @@ def announce(a, model, ds, log):
     path = sum(p.numel() for p in model.conditioner.parameters()) if a.latent_dim else 0
     flop = 6 * a.steps * a.batch_size * (
         ds.seq_len * (streams * (sum(counts.values()) - path - tables - head) + head) + K * path)
-    log(f"about {flop:.1e} FLOP: {clock(flop / rate / 0.3)} at 30% of the {rate / 1e9:.0f} GFLOP/s "
-        f"that a matmul gets on this {a.device} now")
+    log(f"about {flop:.1e} FLOP: {clock(flop / rate / 0.3 / world)} at 30% of the "
+        f"{rate / 1e9:.0f} GFLOP/s that a matmul gets on this {a.device} now"
+        + (f", on each of {world}" if world > 1 else ""))
 
 
 def clock(seconds):
@@ -431,11 +442,11 @@ def setup(a, ckpt):
     torch.manual_seed(a.seed)
     local = int(os.environ.get("LOCAL_RANK", 0))
     if local:                                            # the first process of a machine downloads
-        dist.barrier()
+        barrier()
     ds = data.load(a.dataset, ckpt and ckpt["vocab"], **data.options(vars(a)))
     ds.about                                             # reads the data
     if dist.is_initialized() and not local:
-        dist.barrier()
+        barrier()
     config = shape(a, ds.vocab_size, ds.seq_len, ds.prefix_len)
     model = VMD(config).to(a.device)
     if a.init_from and ckpt is None:
@@ -616,13 +627,13 @@ def train(a, ckpt, rank, world):
         raise ValueError(f"--batch-size {a.batch_size} is not a multiple of "
                          f"processes x --grad-accum = {world * a.grad_accum}")
     if world > 1:
-        dist.barrier()                               # all have read --init-from before files move
+        barrier()                                    # all have read --init-from before files move
     if rank:
         return loop(a, ckpt, parts, rank, world)
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        announce(a, parts[1], parts[0], tqdm.write)
+        announce(a, parts[1], parts[0], world, tqdm.write)
         if ckpt is None:
             move_aside(out)
         assessed = ckpt is None or trim(out / "log.jsonl", ckpt["step"])
@@ -727,13 +738,17 @@ def report(model, ds, a, seconds, log):
     n = ds.score_num
     scores = {k.removeprefix("sampled_"): v for k, v in evaluate(model, ds, a, n).items()}
     if ds.entropy is not None:
-        log(f"{f'one step, {n:,} samples':26}{'accuracy':>10}{'KL (nats)':>12}")
-        who = "this model" if model.latent_dim else "this baseline"
-        for name, r in ((who, scores), ("independent tokens", independent(ds))):
-            log(f"{name:26}{r['acc']:>10.2%}{r['kl']:>12.4f}")
+        one = model.block_size == ds.seq_len
+        title = f"one step{'' if one else ' per block'}, {n:,} samples"
+        log(f"{title:26}{'accuracy':>10}{'KL (nats)':>12}")
+        rows = {"this model" if model.latent_dim else "this baseline": scores}
+        rows |= {"independent tokens": independent(ds)} if one else {}
+        for name, r in rows.items():
+            log(f"{name:{max(26, len(title))}}{r['acc']:>10.2%}{r['kl']:>12.4f}")
     elif "exact" in scores:
         n = min(n, ds.test_set.shape[1])
-        log(f"of {n:,} held-out puzzles, NFE {ds.nfe}, {ds.remask}: solved {scores['exact']:.2%}, "
+        log(f"of {n:,} held-out puzzles, NFE {ds.nfe}, {ds.remask}, temperature "
+            f"{default_temperature(model):g}: the solution {scores['exact']:.2%}, "
             f"valid {scores['valid']:.2%}, cells right {scores['cell']:.2%}")
 
 
