@@ -25,7 +25,8 @@ CONDITIONING = ("adaln", "shared", "add")
 POOLING = ("mean", "gated")
 PRIOR = ("standard", "block", "noised")
 LOGVAR_RANGE = (-12.0, 8.0)  # clamp: sigma from e^-6 to e^4
-LOGVAR_INIT = -4.0  # sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
+# differs from the paper: sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
+LOGVAR_INIT = -4.0
 CHUNK = 64  # tokens whose attention is computed together in training: fewer keys that none may see
 CHECKPOINT_VERSION = 2
 CHECKPOINT = dict(  # what train.py writes besides the version: key, type
