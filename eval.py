@@ -570,8 +570,9 @@ def run(a):
         import_pyplot()
         if not two_tokens and not journal.exists():
             raise FileNotFoundError(f"no {journal} to plot")
-    rows, x = sample_rows(model, ds, a, load_judge(a, ckpt))
+    judge = load_judge(a, ckpt)
     bounds = bound_rows(model, ds, a) if a.bound_steps else []
+    rows, x = sample_rows(model, ds, a, judge)
     x0, given = ds.test(min(a.bound_num, 5000), torch.Generator().manual_seed(a.seed))
     active = active_units(model, x0.to(a.device), batch_size=a.batch_size,
                           given=None if given is None else given.to(a.device))

@@ -1903,6 +1903,9 @@ def test_sudoku_is_solved_drawn_and_scored(trained, monkeypatch, capsys):
                                    "--remask", "margin", "--json", "e.json"]) == 0
     assert "3 samples" in capsys.readouterr().out
     assert json.loads((trained / "e.json").read_text())["rows"][0]["valid"] == 1
+    (trained / "p.txt").write_text(solved[0] + "\n")          # one puzzle has no standard error
+    assert status_of(capsys, "eval", ckpt + ["--data-path", "p.txt"]) == 2
+    assert evaluation.main(ckpt + ["--data-path", "p.txt", "--bound-steps"]) == 0
     status = evaluation.main(ckpt + ["--num", "2", "--bound-steps", "--plot", "curve.png"])
     try:
         import matplotlib  # noqa: F401

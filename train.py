@@ -372,8 +372,7 @@ def barrier():
 
 
 def independent(ds, n=20_000):
-    """Metrics of the product of the true marginals: the best that one step for all tokens can do
-    without a latent."""
+    """Metrics of the product of the true marginals, the best that one step without z can do."""
     x, _ = ds.test(n, torch.Generator().manual_seed(2))
     g = torch.Generator().manual_seed(3)
     shuffled = [column[torch.randperm(n, generator=g)] for column in x.unbind(1)]
