@@ -6,9 +6,9 @@
     python eval.py --benchmark --dataset text8 --batch-size 16          # speed; flags of train.py
 
 Metrics are printed in percent and written as fractions; losses are nats. --nfe counts evaluations
-per block: with two blocks, the paper's "B=2, NFE=4" is --nfe 2. Sudoku: exact, the share of answers
-that are the puzzle's solution; valid, rules and clues kept; cell, of the cells to fill; each with its
-standard error.
+per block: with two blocks, the paper's "B=2, NFE=4" is --nfe 2. Sudoku: exact, answers that are the
+puzzle's solution; valid, rules and clues kept; cell, of the cells to fill; each with its standard
+error.
 """
 
 import argparse

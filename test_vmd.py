@@ -1723,8 +1723,8 @@ def test_decoder_from_a_pretrained_baseline_trained_on_or_frozen(tmp_path):
                                           str(base / "last.pt"), "--out", str(out)]) == 0
         a, b = weights(base)["ema"], weights(out)["model"]       # averaged weights, where there are
         assert same(a, {k: b[k] for k in a}) != moves
-        trained = sum(s["exp_avg"].any().item() for s in weights(out)["optimizer"]["state"].values())
-        assert trained == len(b if moves else b.keys() - a.keys())
+        moments = [s["exp_avg"] for s in weights(out)["optimizer"]["state"].values()]
+        assert sum(m.any().item() for m in moments) == len(b if moves else b.keys() - a.keys())
     tuned = load_checkpoint(tmp_path / "vmdFalse" / "last.pt")[0]
     x, z = torch.full((3, 2), 10), torch.randn(3, 1, 4)
     with torch.no_grad():
