@@ -560,7 +560,7 @@ def run(a):
     if a.benchmark is not None:
         return write_json(a.json, Benchmark(a.benchmark).main(a.sweep))
     model, ckpt = load_checkpoint(a.ckpt, a.device)
-    args, start, ds = ckpt["args"], time.time(), load_data(a, model, ckpt)
+    start, ds = time.time(), load_data(a, model, ckpt)
     fill_defaults(a, model, ds)
     two_tokens = ds.seq_len == 2 and ds.entropy is not None
     journal = Path(a.ckpt).parent / "log.jsonl"
@@ -576,11 +576,10 @@ def run(a):
     x0, given = ds.test(min(a.bound_num, 5000), torch.Generator().manual_seed(a.seed))
     active = active_units(model, x0.to(a.device), batch_size=a.batch_size,
                           given=None if given is None else given.to(a.device))
-    result = dict(dataset=ds.name, checkpoint=str(a.ckpt), step=ckpt["step"], seed=a.seed,
-                  device=str(a.device), seconds=round(time.time() - start, 2),
+    result = dict(dataset=ds.name, step=ckpt["step"], seconds=round(time.time() - start, 2),
                   params=model.param_counts(), latent_dim=model.latent_dim,
-                  active_units=active.tolist(), train_args=args, eval_args=vars(a), rows=rows,
-                  bounds=bounds)
+                  active_units=active.tolist(), train_args=ckpt["args"], eval_args=vars(a),
+                  rows=rows, bounds=bounds)
     where = f" {a.data_path}" if a.data_path else ""
     print(f"{ds.name}{where}, {a.ckpt}, step {ckpt['step']}, {len(x):,} samples, seed {a.seed}, "
           f"{a.device}")

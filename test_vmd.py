@@ -2221,7 +2221,7 @@ def test_every_flag_refuses_wrong_values(trained, monkeypatch, capsys):
         name, base = flags[0][2:].replace("-", "_"), []
         owner = next((d for d, names in data.OPTIONS.items() if name in names), None)
         if script == "train":        # where the flag has a meaning
-            base = ["--steps", "1", "--batch-size", "8", "--out", "wrong"]
+            base = ["--steps", "1", "--batch-size", "8"]
             base += ["--dataset", owner] + paths.get(owner, []) if owner else []
         elif name in ("clues", "puzzle", "data_path"):
             base = ["--ckpt", "sud/last.pt"]
