@@ -1678,6 +1678,14 @@ def test_training_survives_kills_at_any_moment(tmp_path, kills, world, ema):
     assert a["step"] == b["step"] and same(a["model"], b["model"])
 
 
+def test_a_process_whose_companion_failed_says_so_in_one_line(monkeypatch):
+    def closed():
+        raise RuntimeError("Connection closed by peer")
+    monkeypatch.setattr(train.dist, "barrier", closed)
+    with pytest.raises(ValueError, match="another process has failed"):
+        train.barrier()
+
+
 def test_schedules():
     a = train.settle("--decay-from 0 --kl-start 0.01 --kl-weight 4 --kl-ramp 0.2 0.6 --lr 0.1 "
                      "--warmup 10 --steps 110 --schedule cosine".split())[0]
