@@ -576,7 +576,8 @@ def run(a):
     x0, given = ds.test(min(a.bound_num, 5000), torch.Generator().manual_seed(a.seed))
     active = active_units(model, x0.to(a.device), batch_size=a.batch_size,
                           given=None if given is None else given.to(a.device))
-    result = dict(dataset=ds.name, step=ckpt["step"], seconds=round(time.time() - start, 2),
+    result = dict(dataset=ds.name, checkpoint=str(a.ckpt), step=ckpt["step"], seed=a.seed,
+                  device=str(a.device), seconds=round(time.time() - start, 2),
                   params=model.param_counts(), latent_dim=model.latent_dim,
                   active_units=active.tolist(), train_args=ckpt["args"], eval_args=vars(a),
                   rows=rows, bounds=bounds)
