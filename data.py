@@ -4,29 +4,37 @@
     x0, given = ds.batch(512, torch.Generator())     # (512, L) int64, and bool or None
     ds.metrics(samples)                              # {"acc": 0.993, "kl": 0.011}
 
-Every dataset has name, vocab_size (V, without the mask, whose id is V), seq_len (L), prefix_len
-(tokens at the start that are always given), entropy (nats or None), vocab (list of V strings, or
-None where ids are numbers), about (in words); nfe, remask, temperature (None: the sampler's own
-default), score_num, bound_num: how it is scored if nothing else is asked for; scored: whether its
-metrics are worth watching during training; and
-    batch, valid, test (n, generator) -> x0 (n, L) ids, given (n, L) bool or None: tokens that are
-        conditioned on and never masked; for training, for choosing between models, for reporting
-    metrics(x, x0, given) -> scores of samples x drawn for test sequences x0; synthetic data need x
+Every dataset has
+    name, about         its name, and what there is in words
+    vocab_size          V, without the mask, whose id is V
+    vocab               list of V strings, or None where ids are numbers
+    seq_len             L
+    prefix_len          tokens at the start of a sequence that are always given
+    entropy             of a sequence, nats, or None where it is not known
+    nfe, remask, temperature, score_num, bound_num
+                        how it is scored if nothing else is asked for; temperature None: the
+                        sampler's own; samples to score, sequences for likelihood bounds
+    scored              whether its metrics are worth watching during training
+    batch, valid, test  (n, generator) -> x0 (n, L) ids, given (n, L) bool or None: tokens that are
+                        never masked; for training, for choosing between models, for reporting
+    metrics             (x, x0, given) -> scores of samples x drawn for test sequences x0
 Needs numpy, torch, requests, tqdm and imports nothing of this project: copy it.
 """
 
+import argparse
+import contextlib
 import functools
-import gzip
 import hashlib
+import io
 import itertools
 import math
 import os
 import re
+import sys
 import tarfile
 import time
 import unicodedata
 import zipfile
-import zlib
 from functools import cached_property
 from pathlib import Path
 
@@ -38,16 +46,30 @@ from tqdm import tqdm
 SYNTHETIC = ("pairs", "pairs_nonuniform", "pairs_strength", "d1", "d2", "needle")
 DATASETS = SYNTHETIC + ("sudoku", "text8", "lm1b", "text", "array")
 OPTIONS = {  # what `load` takes, by dataset
-    "pairs_strength": ("strength",), "needle": ("length",), "array": ("data_path", "vocab_size"),
-    "text8": ("length", "data_dir"), "lm1b": ("length", "data_dir"),
-    "text": ("length", "data_path", "alphabet", "max_gib"),
-    "sudoku": ("grid", "layout", "clues", "source", "puzzles", "data_path", "data_dir", "max_gib")}
-TYPES = {  # of these options
-    "strength": (float, int), "max_gib": (float, int), "data_path": (str, Path),
-    "data_dir": (str, Path), "alphabet": str, "layout": str, "source": str}  # the others: int
-MAX_VOCAB = 1_000_000
-MAX_GIB = 1.0  # largest text or CSV file that is read into memory
+    "pairs_strength": ("strength",),
+    "needle": ("length",),
+    "sudoku": ("grid", "layout", "clues", "source", "puzzles", "data_path", "data_dir"),
+    "text8": ("length", "data_dir"),
+    "lm1b": ("length", "data_dir"),
+    "text": ("length", "data_path", "alphabet"),
+    "array": ("data_path", "vocab_size", "prefix_len"),
+}
 KL_FLOOR = 1e-12  # least generated probability; the paper's 25.3 is log(0.1 / 1e-12)
+
+
+def distinct(have, n, generator=None):
+    """n different numbers below `have` in random order, or all if there are fewer."""
+    return torch.randperm(have, generator=generator)[:n]
+
+
+def mean_and_error(**values):
+    """Means of values (n,), each with its standard error as name_se."""
+    out = {}
+    for name, v in values.items():
+        v = v.double()
+        out[name] = v.mean().item()
+        out[f"{name}_se"] = v.std(correction=0).item() / math.sqrt(len(v))
+    return out
 
 
 class Synthetic:
@@ -57,23 +79,25 @@ class Synthetic:
     samples that match a row; KL(true || generated) is over rows.
     """
 
-    vocab_size, prefix_len, vocab, nfe, remask, temperature = 10, 0, None, 1, "prob", None
-    score_num, bound_num, scored = 20_000, 20_000, True
+    vocab_size = 10
+    vocab = temperature = None
+    prefix_len = 0
+    nfe = 1
+    remask = "prob"
+    score_num = bound_num = 20_000
+    scored = True
 
     def __init__(self, name, table, probs=None):
-        self.name, self.table = name, torch.as_tensor(table)
-        self.seq_len, self.fixed = self.table.shape[1], (self.table >= 0).all(0)  # (L,) bool
-        S = len(self.table)
-        probs = torch.ones(S) / S if probs is None else torch.as_tensor(probs)
+        self.name = name
+        self.table = torch.as_tensor(table)
+        self.seq_len = self.table.shape[1]
+        self.fixed = (self.table >= 0).all(0)            # (L,) bool
+        probs = torch.ones(len(table)) if probs is None else torch.as_tensor(probs)
         self.probs = probs.double() / probs.double().sum()
-        free = int((~self.fixed).sum())  # tokens of noise
+        free = int((~self.fixed).sum())                  # tokens of noise
         plogp = torch.special.xlogy(self.probs, self.probs).sum()
         self.entropy = free * math.log(self.vocab_size) - float(plogp)
-        self._keys, self._order = self._key(self.table).sort()
-
-    def _key(self, x):
-        x = x[:, self.fixed]
-        return (x * self.vocab_size ** torch.arange(x.shape[1])).sum(1)
+        self.about = f"entropy {self.entropy:.4f} nats"
 
     def batch(self, n, generator=None):
         """n fresh sequences (n, L) int64, None."""
@@ -85,24 +109,12 @@ class Synthetic:
 
     valid = test = batch  # every draw is unseen data of the same distribution
 
-    def rows(self, x):
-        """Index of the table row that each sequence of x (n, L) matches, -1 if none -> (n,)."""
-        key = self._key(x)
-        at = torch.searchsorted(self._keys, key).clamp(max=len(self._keys) - 1)
-        return torch.where(self._keys[at] == key, self._order[at], -1)
-
     def metrics(self, x, x0=None, given=None):
         """Samples x (n, L) -> {"acc": share that matches a row, "kl": KL over rows, nats}."""
-        rows = self.rows(x)
-        p, n = self.probs, len(x)
-        generated = torch.bincount(rows[rows >= 0], minlength=len(p)).double() / n
+        match = (x[:, None, self.fixed] == self.table[:, self.fixed]).all(-1)       # (n, S)
+        p, generated = self.probs, match.double().sum(0) / len(x)
         kl = torch.special.xlogy(p, p) - torch.special.xlogy(p, generated.clamp(min=KL_FLOOR))
-        return {"acc": float((rows >= 0).double().mean()), "kl": float(kl.sum())}
-
-    @property
-    def about(self):
-        """What there is, in words."""
-        return f"entropy {self.entropy:.4f} nats"
+        return {"acc": match.any(1).double().mean().item(), "kl": kl.sum().item()}
 
     def joint(self, x):
         """Two-token data only: samples x (n, 2) -> (10, 10) joint frequencies."""
@@ -115,80 +127,99 @@ class Synthetic:
         return out.index_put((self.table[:, 0], self.table[:, 1]), self.probs)
 
 
+def synthetic(name, strength=1.0, length=20):
+    """A synthetic dataset; strength: p of pairs_strength, 0..1; length: L of needle."""
+    V, digit = 10, torch.arange(10)
+    run = (digit[:, None] + torch.arange(4)) % V             # (10, 4): c, c+1, c+2, c+3
+    pair = run[:, :2]
+    if name == "pairs":
+        return Synthetic(name, pair)
+    if name == "pairs_nonuniform":
+        return Synthetic(name, pair, (digit + 1) / 55)
+    if name == "d1":
+        return Synthetic(name, run)
+    if name == "d2":                                     # two pairs, independent of each other
+        return Synthetic(name, torch.cat([pair.repeat_interleave(V, 0), pair.repeat(V, 1)], 1))
+    if name == "needle":
+        if not 8 <= length <= 10**6:
+            raise ValueError(f"length of needle must lie in 8..10^6, not {length}")
+        return Synthetic(name, torch.cat([run, torch.full((V, length - 8), -1), run], 1))
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must lie in 0..1, not {strength}")
+    table = torch.cartesian_prod(digit, digit)
+    successor = table[:, 1] == (table[:, 0] + 1) % V
+    return Synthetic(name, table, torch.where(successor, strength, (1 - strength) / (V - 1)) / V)
+
+
 class Array:
-    """The rows of an integer .npy array (N, L).
+    """The rows of an integer .npy array (N, L), of which the first prefix_len tokens are given.
 
     One row in ten, at least two, is held out for testing, by a fixed permutation. V is the largest
     id plus one unless vocab_size says more. Raises FileNotFoundError, or ValueError if the file is
-    no (N, L) array of integers in 0..V-1. Pickled arrays are refused unread.
+    no (N, L) array of integers in 0..V-1.
     """
 
-    name, entropy, prefix_len, vocab, nfe, remask, temperature = ("array", None, 0, None, 1, "prob",
-                                                                  None)
-    score_num, bound_num, scored = 1000, 20_000, False
+    name = "array"
+    vocab = entropy = temperature = None
+    nfe = 1
+    remask = "prob"
+    score_num = 1000
+    bound_num = 20_000
 
-    def __init__(self, path, vocab_size=None):
-        if not path:
+    def __init__(self, data_path=None, vocab_size=None, prefix_len=0):
+        if not data_path:
             raise ValueError("dataset array needs --data-path FILE.npy")
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no array at {path}; make one: numpy.save(path, x)")
-        try:
-            x = np.load(path, mmap_mode="r", allow_pickle=False)
-        except Exception as e:  # a damaged file makes numpy raise almost anything
-            raise ValueError(f"{path} is no plain .npy array: {str(e)[:100]!r}") from None
-        what = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else "an archive of several"
-        if not isinstance(x, np.ndarray) or x.ndim != 2 or x.dtype.kind not in "iu":
-            raise ValueError(f"{path} must hold an (N, L) array of integers, not {what}")
-        if len(x) < 3 or x.shape[1] < 1:
-            raise ValueError(f"{path} must hold at least three sequences of one token, not {what}")
-        top = MAX_VOCAB if vocab_size is None else vocab_size
-        if x.min() < 0 or x.max() >= top:
-            raise ValueError(f"{path} has ids {x.min()}..{x.max()}; they must lie in 0..{top - 1}")
-        self.seq_len, self.vocab_size = x.shape[1], vocab_size or int(x.max()) + 1
-        order, held = np.random.default_rng(0).permutation(len(x)), max(2, len(x) // 10)
+        x = load_array(data_path)
+        N, L = x.shape
+        if N < 3 or L < 1:
+            raise ValueError(f"{data_path} must hold at least three rows of one token, not {N, L}")
+        if not 0 <= prefix_len < L:
+            raise ValueError(f"the prefix length must lie in 0..{L - 1}, not {prefix_len}")
+        V = int(x.max()) + 1 if vocab_size is None else vocab_size
+        if x.min() < 0 or x.max() >= V:
+            raise ValueError(f"{data_path} has ids {x.min()}..{x.max()}, not all in 0..{V - 1}")
+        self.vocab_size, self.seq_len, self.prefix_len = V, L, prefix_len
+        self.scored = prefix_len > 0                     # else the true distribution is not known
+        order, held = np.random.default_rng(0).permutation(N), max(2, N // 10)
         self.x, self.test_rows, self.train_rows = x, order[:held], order[held:]
+        self.about = f"{N - held:,} training and {held:,} test sequences"
+
+    def rows(self, at):
+        """Rows by number -> x0 (n, L) int64, given (n, L) bool or None."""
+        x0 = torch.from_numpy(self.x[at].astype(np.int64))
+        if self.prefix_len == 0:
+            return x0, None
+        return x0, (torch.arange(self.seq_len) < self.prefix_len).repeat(len(x0), 1)
 
     def batch(self, n, generator=None):
-        """n training rows drawn with replacement -> (n, L) int64, None."""
+        """n training rows drawn with replacement -> x0, given, as `rows`."""
         at = torch.randint(len(self.train_rows), (n,), generator=generator)
-        return torch.from_numpy(self.x[self.train_rows[at.numpy()]].astype(np.int64)), None
+        return self.rows(self.train_rows[at.numpy()])
 
     def test(self, n, generator=None):
-        """n different held-out rows, or all if there are fewer -> (n, L) int64, None."""
-        at = distinct(len(self.test_rows), n, generator)
-        return torch.from_numpy(self.x[self.test_rows[at.numpy()]].astype(np.int64)), None
+        """n different held-out rows, or all if there are fewer -> x0, given, as `rows`."""
+        return self.rows(self.test_rows[distinct(len(self.test_rows), n, generator).numpy()])
 
     valid = test  # best.pt is chosen on these: report last.pt
 
-    @property
-    def about(self):
-        """What there is, in words."""
-        return f"{len(self.train_rows):,} training and {len(self.test_rows):,} test sequences"
-
     def metrics(self, x, x0=None, given=None):
-        """Nothing: the true distribution is not known."""
-        return {}
+        """exact: share of rows that are right behind the prefix, exact_se its standard error."""
+        if self.prefix_len == 0:
+            return {}
+        return mean_and_error(exact=(x == x0)[:, self.prefix_len:].all(1))
 
 
 # ---- Sudoku. Boards in numpy: one uint16 of candidate bits per cell, (n, n, B), B contiguous
 
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # rows and columns of a box of an n x n board
 LAYOUTS = ("prefix", "board")
-SOURCES = ("generated", "shah", "extreme")
+SOURCES = ("generated", "shah")
 CHUNK = 512  # boards generated at a time
 GENERATOR_VERSION = 1  # part of the name of cached puzzles: raise it when the generator changes
-SHAH = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
-EXTREME = ("https://huggingface.co/datasets/sapientinc/sudoku-extreme/resolve/"
-           "58942f96baeb572ca3127e2a9e9c70f330783d6b/")
-DOWNLOADS = {  # source: (url, file, sha256 or None) of training and test puzzles
-    "shah": (
-        (SHAH.format("1msLy7AXAr4VBXXv7Xfkc_IG3E7retWza"), "sudoku-train-data.npy", None),
-        (SHAH.format("1HlKFzrkhMUAOoDU9qGUjkMD6IjlT40v7"), "sudoku-test-data.npy", None)),
-    "extreme": (
-        (EXTREME + "train.csv", "sudoku-extreme-train.csv",
-         "64b46674db0148e0d73a16346dadeb2b1c00824d3fca3f85b2ae7037f6b4b38e"),
-        (EXTREME + "test.csv", "sudoku-extreme-test.csv",
-         "a2fd52aea23d331d5b4ee723c856236e838a9fb9a70e66f4e0e0cf26c338c6a8"))}
+SHAH_URL = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
+SHAH = (  # id and file name of training and test puzzles
+    ("1msLy7AXAr4VBXXv7Xfkc_IG3E7retWza", "sudoku-train-data.npy"),
+    ("1HlKFzrkhMUAOoDU9qGUjkMD6IjlT40v7", "sudoku-test-data.npy"))
 
 
 def units(c):
@@ -221,9 +252,10 @@ def narrow(c):
         u &= ~np.bitwise_or.reduce(s, axis=(0, 1)) | s         # a decided cell keeps its digit
     for u in units(c):
         once, twice = np.zeros_like(u[0, 0]), np.zeros_like(u[0, 0])
-        for cell in (u[i, j] for i in range(u.shape[0]) for j in range(u.shape[1])):
-            twice |= once & cell
-            once |= cell
+        for cells in u:
+            for cell in cells:
+                twice |= once & cell
+                once |= cell
         hidden = u & once & ~twice
         np.copyto(u, hidden, where=hidden != 0)
 
@@ -302,10 +334,9 @@ def generate(n, count, seed=0):
     About 24.6 clues for n = 9, 10.1 for 6, 4.3 for 4. Prints a progress bar where stderr is a
     terminal.
     """
-    out, bar = [], tqdm(total=count, desc=f"generating {n}x{n} puzzles", unit="puzzle",
-                        disable=None)
-    with bar:
-        for i in range(0, count, CHUNK):                  # a larger count begins with the same ones
+    out = []
+    with tqdm(total=count, desc=f"generating {n}x{n} puzzles", unit="puzzle", disable=None) as bar:
+        for i in range(0, count, CHUNK):                 # a larger count begins with the same ones
             rng = np.random.default_rng([GENERATOR_VERSION, seed, i])
             grids = random_grids(n, CHUNK, rng)
             out.append(np.stack([dig(grids, rng), to_digits(grids)]))
@@ -375,16 +406,17 @@ def held_out(solutions):
     return (np.concatenate(keys) >> np.uint64(40)) % np.uint64(20) == 0
 
 
-def check_puzzles(puzzles, solutions, where):
-    """Raises ValueError naming the first row whose solution breaks a rule or a clue.
+def refuse(bad, kind, numbers, why):
+    """Raises ValueError naming the first row of bad (N,) bool: "x.csv, line 4: why"."""
+    if bad.any():
+        raise ValueError(f"{kind} {numbers[bad.argmax()]}: {why}")
 
-    where: row index -> its name.
-    """
-    changed = ((puzzles != 0) & (puzzles != solutions)).any(1)
-    for bad, why in ((violations(solutions).any(1), "its solution breaks the rules"),
-                     (changed, "its solution changes a clue")):
-        if bad.any():
-            raise ValueError(f"{where(bad.argmax())}: {why}")
+
+def check_puzzles(puzzles, solutions, kind, numbers):
+    """Raises ValueError naming the first row whose solution breaks a rule or changes a clue."""
+    refuse(violations(solutions).any(1), kind, numbers, "its solution breaks the rules")
+    changed = (puzzles != 0) & (puzzles != solutions)
+    refuse(changed.any(1), kind, numbers, "its solution changes a clue")
 
 
 def read_shah(path):
@@ -393,143 +425,124 @@ def read_shah(path):
     The k givens come first. -> (2, N, 81) uint8: puzzles, solutions. Raises ValueError naming the
     first broken row, counting from 0.
     """
-    try:
-        raw = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as e:  # a damaged file makes numpy raise almost anything
-        raise ValueError(f"{path} is no plain .npy array: {str(e)[:100]!r}") from None
-    shape = getattr(raw, "shape", None)
-    if shape is None or len(shape) != 2 or shape[1] != 325 or raw.dtype.kind not in "iu":
-        raise ValueError(f"{path} must hold an (N, 325) array of integers, not {shape}")
+    raw = load_array(path)
+    if raw.shape[1] != 325:
+        raise ValueError(f"{path} must have 325 columns, not {raw.shape[1]}")
     out = []
     for start in range(0, len(raw), 100_000):
         rows = np.asarray(raw[start:start + 100_000], dtype=np.int64)
+        numbers = range(start, start + len(rows))
         row, column, value, strategy = rows[:, 1:].reshape(-1, 81, 4).transpose(2, 0, 1)
         cell, k = row * 9 + column, rows[:, :1]
         given = np.arange(81) < k                                                # (n, 81)
         good = ((np.sort(cell, 1) == np.arange(81)) & (column >= 0) & (column < 9)
-                & (value >= 1) & (value <= 9) & (k >= 1) & ((strategy == 0) == given)).all(1)
-        if not good.all():
-            raise ValueError(f"{path}, row {start + good.argmin()}: not the givens and then the "
-                             "blanks of a puzzle as (row 0-8, column 0-8, value 1-9, strategy)")
+                & (value >= 1) & (value <= 9) & (k >= 1) & ((strategy == 0) == given))
+        refuse(~good.all(1), f"{path}, row", numbers, "not the givens and then the blanks of a "
+               "puzzle as (row 0-8, column 0-8, value 1-9, strategy)")
         both = np.zeros((2, len(rows), 81), np.uint8)
         np.put_along_axis(both[1], cell, value.astype(np.uint8), 1)
         np.put_along_axis(both[0], cell, np.where(given, value, 0).astype(np.uint8), 1)
-        check_puzzles(*both, lambda i: f"{path}, row {start + i}")
+        check_puzzles(*both, f"{path}, row", numbers)
         out.append(both)
     return np.concatenate(out, axis=1)
 
 
-def parse_boards(texts, n, where):
-    """Strings of n n characters, 1..n, . or 0 for blanks -> (N, n n) uint8.
+NO_CELL = re.compile(r"[^\d._*xX]")  # in a board of any size
+TEXT_FILE = dict(encoding="utf-8-sig", errors="replace")
+BLANKS = bytes.maketrans(b"._*xX", b"00000")
 
-    Raises ValueError naming the first broken one. where: index -> its name.
+
+def read_boards(lines, n, name):
+    """Boards in lines of text -> numbers of the lines they begin on, boards (2, N, n n) uint8.
+
+    A word of n n cells is a board; a cell is 1..n, or 0 . _ * x for a blank. In a line without such
+    a word the cells are a row of n, or a row of each of two boards side by side (as `draw_boards`
+    prints them), or one or two whole boards. Of a line the first board is the puzzle, the second
+    its solution, 0 where there is none. Lines with other letters are titles, other signs are
+    nothing but space. Raises ValueError naming the first line that is wrong.
     """
-    bad = next((i for i, t in enumerate(texts) if len(t) != n * n or not t.isascii()), None)
-    if bad is None:
-        cells = np.frombuffer("".join(texts).encode(), np.uint8).reshape(-1, n * n)
-        cells = np.where(cells == ord("."), 0, cells - ord("0"))         # wraps below "0"
-        if not (cells > n).any():
-            return cells
-        bad = (cells > n).any(1).argmax()
-    text = texts[bad]
-    if len(text) != n * n:
-        raise ValueError(f"{where(bad)}: a puzzle of {n}x{n} has {n * n} characters, not "
-                         f"{len(text)}")
-    wrong = next(c for c in text if c not in ".0123456789"[: n + 2])
-    raise ValueError(f"{where(bad)}: {wrong!r} is no cell: 1..{n}, or . or 0 for a blank")
+    size, no_cell = n * n, re.compile(rf"[^0-{n}._*xX]")
+    numbers, cells = [], bytearray()
+    puzzle = solution = ""
+    for number, line in enumerate(itertools.chain(lines, ["the end"]), 1):
+        where = f"{name}, line {number}"
+        words = re.findall(r"[\w.*]+", line)
+        boards = [w for w in words if len(NO_CELL.sub("", w)) > size / 2]   # or meant to be
+        row = "".join(words)
+        if boards:
+            left, right = boards[0], "".join(boards[1:2])
+        elif NO_CELL.search(row):
+            if puzzle:
+                raise ValueError(f"{where}: {line.strip()[:40]!r} after {len(puzzle)} cells of a "
+                                 f"puzzle of {size}")
+            continue
+        else:
+            half = len(row) // 2 if len(row) in (2 * n, 2 * size) else len(row)
+            left, right = row[:half], row[half:]
+        wrong = no_cell.search(left + right)
+        if wrong:
+            raise ValueError(f"{where}: {wrong[0]!r} is no cell: 1..{n}, or 0 . _ * x for a blank")
+        for part in (left, right):
+            if len(part) not in (0, n, size):
+                raise ValueError(f"{where}: {len(part)} cells, a {n}x{n} puzzle has {size}, in rows"
+                                 f" of {n}; blanks are 0 . _ * x")
+        if left and not puzzle:
+            numbers.append(number)
+        puzzle, solution = puzzle + left, solution + right
+        if len(puzzle) > size or len(solution) not in (0, len(puzzle)):
+            raise ValueError(f"{where}: not as many boards or cells as in the rows before it")
+        if len(puzzle) == size:
+            cells += (puzzle + (solution or "0" * size)).encode()
+            puzzle = solution = ""
+    if not numbers:
+        raise ValueError(f"{name} holds no {n}x{n} puzzle")
+    digits = np.frombuffer(cells.translate(BLANKS), np.uint8) - ord("0")
+    return numbers, digits.reshape(-1, 2, size).transpose(1, 0, 2)
 
 
-def check_size(path, max_gib=MAX_GIB):
-    """Raises FileNotFoundError without a file at path, ValueError if it is larger than allowed."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no file at {path}")
-    have = Path(path).stat().st_size / 2**30
-    if not have <= max_gib:                              # nan allows nothing
-        raise ValueError(f"{path} has {have:.3g} GiB; train.py's --max-gib allows {max_gib:g}")
+def read_puzzles(path, n):
+    """Puzzles and solutions of a file -> (2, N, n n) uint8; .npy: `read_shah`, else `read_boards`.
 
-
-def lines_with_boards(path, n):
-    """Yields the number and the one or two boards, as strings, of each line of a text file.
-
-    Of the comma-separated fields those of n n characters count; a first line of words is a header.
+    Missing solutions are worked out. Raises ValueError naming the first line whose puzzle has no
+    solution or several, or whose solution breaks a rule or changes a clue.
     """
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
-        for number, line in enumerate(f, 1):
-            fields = [w.strip() for w in line.replace('"', "").split(",")]
-            boards = [w for w in fields if len(w) == n * n]
-            if boards or line.strip() and not (number == 1 and re.search("[A-Za-z]", line)):
-                yield number, (boards or fields)[:2 if boards else 1]
-
-
-def read_text(path, n):
-    """Puzzles of a text or CSV file, one per line, with or without solutions.
-
-    The first board of a line is the puzzle, the second its solution; missing solutions are worked
-    out. -> (2, N, n n) uint8. Raises ValueError naming the first broken line.
-    """
-    rows, out = lines_with_boards(path, n), []
-    while part := list(itertools.islice(rows, 100_000)):
-        def where(i, part=part):
-            return f"{path}, line {part[i][0]}"
-        puzzles, solutions = (parse_boards([boards[i] for _, boards in part], n, where)
-                              for i in (0, -1))
-        alone = np.flatnonzero([len(boards) == 1 for _, boards in part])
-        if len(alone):
-            solutions[alone], found = solve(puzzles[alone])
-            if (found != 1).any():
-                i = (found != 1).argmax()
-                raise ValueError(f"{where(alone[i])}: the puzzle has "
-                                 f"{'several solutions' if found[i] else 'no solution'}")
-        check_puzzles(puzzles, solutions, where)
-        out.append(np.stack([puzzles, solutions]))
-    if not out:
-        raise ValueError(f"{path} holds no puzzle of {n * n} characters")
-    return np.concatenate(out, axis=1)
+    if str(path).endswith(".npy") and n == 9:
+        return read_shah(path)
+    with open(path, **TEXT_FILE) as lines:
+        numbers, both = read_boards(lines, n, path)
+    alone = np.flatnonzero(~both[1].any(1))
+    both[1, alone], found = solve(both[0, alone])
+    for bad, why in ((found == 0, "no solution"), (found > 1, "several solutions")):
+        refuse(bad, f"{path}, line", [numbers[i] for i in alone], f"the puzzle has {why}")
+    check_puzzles(*both, f"{path}, line", numbers)
+    return both
 
 
 def puzzles_to_solve(text, n):
-    """A puzzle as a string, or the puzzles of a file -> (N, n n) uint8; need not be unique.
+    """The puzzles of a file, or of `text` itself, by `read_boards` -> (N, n n) uint8.
 
-    Raises ValueError on wrong length or characters, or if the clues contradict each other.
+    They may have several solutions. Raises ValueError, also where clues contradict each other.
     """
-    rows = [("the puzzle", [text])]
-    if Path(text).is_file():
-        check_size(text)
-        rows = [(f"{text}, line {i}", boards) for i, boards in lines_with_boards(text, n)]
-    if not rows:
-        raise ValueError(f"{text} holds no puzzle of {n * n} characters")
-    puzzles = parse_boards([boards[0] for _, boards in rows], n, lambda i: rows[i][0])
-    for bad, why in (((violations(puzzles) & (puzzles > 0)).any(1),
-                      "two equal clues share a row, column or box"),
-                     (propagate(to_bits(puzzles))[0], "the clues leave a cell without a digit")):
-        if bad.any():
-            raise ValueError(f"{rows[bad.argmax()][0]}: {why}")
+    file = os.path.isfile(text)
+    name = text if file else f"{text[:50]!r} (no file)"
+    with open(text, **TEXT_FILE) if file else io.StringIO(text) as lines:
+        numbers, (puzzles, _) = read_boards(lines, n, name)
+    clash = (violations(puzzles) & (puzzles > 0)).any(1)
+    stuck = propagate(to_bits(puzzles))[0]
+    refuse(clash | stuck, f"{name}, line", numbers, "the clues contradict each other")
     return puzzles
 
 
-def read_puzzles(path, n, max_gib=MAX_GIB):
-    """Puzzles and solutions of a file -> (2, N, n n) uint8; .npy: `read_shah`, else `read_text`."""
-    check_size(path, math.inf if str(path).endswith(".npy") else max_gib)
-    return read_shah(path) if str(path).endswith(".npy") and n == 9 else read_text(path, n)
-
-
 def cached_puzzles(n, count, seed=0, data_dir=".data"):
-    """`generate`, kept in data_dir under version, seed and count, with a checksum beside it."""
+    """`generate`, kept in data_dir under version, seed and count."""
     if not 1 <= count <= 10**8:
         raise ValueError(f"the number of puzzles must lie in 1..10^8, not {count}")
     path = Path(data_dir) / f"sudoku{n}x{n}-v{GENERATOR_VERSION}-seed{seed}-{count}.npy"
-    note = path.with_suffix(".sha256")
-    if path.exists() and note.exists() and note.read_text().strip() == sha256_of(path):
-        return np.load(path, allow_pickle=False)
-    both = generate(n, count, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with open(part, "wb") as f:
-        np.save(f, both)
-    os.replace(part, path)
-    part.write_text(sha256_of(path) + "\n")
-    os.replace(part, note)
-    return both
+    if not path.exists():
+        both = generate(n, count, seed)
+        with whole(path) as f:
+            np.save(f, both)
+    return load_array(path, axes=3)
 
 
 class Sudoku:
@@ -538,7 +551,7 @@ class Sudoku:
     layout: prefix, the paper's: puzzle, SEP = n + 1, solution, EOS = n + 2 (164 tokens for n = 9),
         of which the whole solution may be masked; board: the solution alone, its clues given.
     clues: None, those of a puzzle with one solution; K, K random cells: many may be valid.
-    source: generated; shah, extreme (n = 9): downloaded to data_dir. data_path: a file instead.
+    source: generated; shah (n = 9): downloaded to data_dir. data_path: a file instead.
     puzzles: how many to generate, default 100,000.
 
     Boards whose digits can be relabelled into one another are all for training or all for testing,
@@ -549,11 +562,16 @@ class Sudoku:
     under these (2 and 49) that this would turn training boards into test boards.
     """
 
-    name, entropy, vocab, nfe, remask, temperature = "sudoku", None, None, 10, "margin", None
-    score_num, bound_num, scored = 1000, 2000, True
+    name = "sudoku"
+    vocab = entropy = temperature = None
+    nfe = 10
+    remask = "margin"
+    score_num = 1000
+    bound_num = 2000
+    scored = True
 
     def __init__(self, grid=9, layout="prefix", clues=None, source="generated", puzzles=None,
-                 data_path=None, data_dir=".data", max_gib=MAX_GIB):
+                 data_path=None, data_dir=".data"):
         if grid not in BOXES or layout not in LAYOUTS or source not in SOURCES:
             raise ValueError(f"grid {grid} must be one of {tuple(BOXES)}, layout {layout!r} of "
                              f"{LAYOUTS}, source {source!r} of {SOURCES}")
@@ -563,20 +581,22 @@ class Sudoku:
             raise ValueError(f"source {source} has 9x9 boards (--grid 9) and needs no data_path")
         if puzzles is not None and (source != "generated" or data_path):
             raise ValueError("puzzles is the number to generate; these come from a file")
-        self.grid, self.layout, self.clues, self.cells = grid, layout, clues, grid**2
+        self.grid, self.cells = grid, grid**2
+        self.layout, self.clues = layout, clues
+        self.source, self.data_path, self.data_dir = source, data_path, data_dir
+        self.puzzles = 100_000 if puzzles is None else puzzles
         prefix = layout == "prefix"
         self.vocab_size = grid + 3 if prefix else grid + 1
         self.seq_len = 2 * self.cells + 2 if prefix else self.cells
         self.prefix_len = self.cells + 1 if prefix else 0
-        self.source, self.data_path, self.data_dir = source, data_path, data_dir
-        self.max_gib = max_gib
-        self.puzzles = 100_000 if puzzles is None else puzzles
 
     @cached_property
     def split(self):
         """Training and test puzzles of a source without a split of its own, (2, N, n n) uint8."""
-        every = (read_puzzles(self.data_path, self.grid, self.max_gib) if self.data_path else
-                 cached_puzzles(self.grid, self.puzzles, 0, self.data_dir))
+        if self.data_path:
+            every = read_puzzles(self.data_path, self.grid)
+        else:
+            every = cached_puzzles(self.grid, self.puzzles, 0, self.data_dir)
         test = held_out(every[1])
         if test.all() or not test.any():
             raise ValueError("too few puzzles: none is left to train on, or none to test on")
@@ -586,9 +606,9 @@ class Sudoku:
         """Training (0) or test puzzles (1), puzzle and solution: (2, N, n n) uint8."""
         if self.source == "generated":
             return torch.from_numpy(self.split[i])
-        url, file, sha256 = DOWNLOADS[self.source][i]
-        path = download(url, Path(self.data_dir) / file, sha256)
-        return torch.from_numpy(read_puzzles(path, 9, self.max_gib))
+        id_, file = SHAH[i]
+        path = download(SHAH_URL.format(id_), Path(self.data_dir) / file)
+        return torch.from_numpy(read_shah(path))
 
     train_set = cached_property(lambda self: self.part(0))    # read when first needed
     test_set = cached_property(lambda self: self.part(1))
@@ -621,11 +641,15 @@ class Sudoku:
 
         def permutations(count, size):
             return torch.rand(B, count, size, generator=generator).argsort(-1)
+
+        def lines():
+            """Old numbers (B, 9) of the new rows, or columns: threes, and within each three."""
+            return (permutations(1, 3)[:, 0, :, None] * 3 + permutations(3, 3)).view(B, 9)
+
         digits = permutations(1, n)[:, 0] + 1
         relabel = torch.cat([torch.zeros(B, 1, dtype=torch.long), digits], dim=1)  # 0 stays blank
         if n == 9:
-            rows, columns = ((permutations(1, 3)[:, 0, :, None] * 3 + permutations(3, 3)).view(B, 9)
-                             for _ in range(2))          # new row i is old row rows[i]
+            rows, columns = lines(), lines()
             cell = rows[:, :, None] * 9 + columns[:, None, :]                    # (B, 9, 9)
             flip = torch.rand(B, 1, 1, generator=generator) < 0.5
             cell = torch.where(flip, cell.transpose(1, 2), cell).reshape(1, B, 81)
@@ -657,19 +681,16 @@ class Sudoku:
         """Answers x for the puzzles of x0 -> shares, each with its standard error (_se).
 
         exact: equals the solution; valid: keeps rules and clues; cell: of the blank cells, those
-        that equal the solution.
+        that equal the solution (all of none).
         """
-        (puzzle, answer), solution = self.boards(x, given), self.boards(x0, given)[1]
+        puzzle, answer = self.boards(x, given)
+        solution = self.boards(x0, given)[1]
         blank = puzzle == 0
-        valid = ~torch.from_numpy(violations(answer.numpy()).any(1))
-        values = dict(exact=(answer == solution).all(1),
-                      valid=valid & (blank | (answer == puzzle)).all(1),
-                      cell=((answer == solution) & blank).sum(1) / blank.sum(1).clamp(min=1))
-        out = {}
-        for k, v in values.items():
-            v = v.double()
-            out |= {k: v.mean().item(), f"{k}_se": v.std(correction=0).item() / math.sqrt(len(v))}
-        return out
+        legal = ~torch.from_numpy(violations(answer.numpy()).any(1))
+        kept = (blank | (answer == puzzle)).all(1)
+        wrong = ((answer != solution) & blank).sum(1)
+        return mean_and_error(exact=(answer == solution).all(1), valid=legal & kept,
+                              cell=1 - wrong.double() / blank.sum(1).clamp(min=1))
 
 
 def draw_boards(puzzle, answer, color=False):
@@ -683,36 +704,35 @@ def draw_boards(puzzle, answer, color=False):
     bad = violations(answer[None])[0] | (puzzle != 0) & (answer != puzzle)
 
     def cell(digit, mark=" ", code=None):
-        text = (str(digit) if digit else "_") + mark
+        text = f"{digit or '_'}{mark}"
         return f"\033[{code}m{text}\033[0m" if color and code else text
 
+    def row(cells, i):
+        return "| ".join("".join(cells[j:j + w]) for j in range(i * n, i * n + n, w))
+
+    left, right = [], []
+    for clue, digit, wrong in zip(puzzle, answer, bad):
+        left.append(cell(clue, code=1) if clue else cell(0))
+        right.append(cell(digit, "!", 31) if wrong else cell(digit, "'", 1) if clue
+                     else cell(digit))
+    rule = "+-".join(["--" * w] * (n // w))
     lines = []
     for i in range(n):
-        at = range(i * n, (i + 1) * n)
-        left = [cell(puzzle[j], code=1 if puzzle[j] else None) for j in at]
-        right = [cell(answer[j], "!", 31) if bad[j] else cell(answer[j], "'", 1) if puzzle[j]
-                 else cell(answer[j]) for j in at]
-        rows = ["".join(("| " if j and j % w == 0 else "") + c for j, c in enumerate(side))
-                for side in (left, right)]
         if i and i % h == 0:
-            rule = "+-".join(["--" * w] * (n // w))
             lines.append(f"{rule}   {rule}")
-        lines.append("   ".join(rows))
-    return "\n".join(lines) + f"\nsolved: {'no' if bad.any() else 'yes'}"
+        lines.append(f"{row(left, i)}   {row(right, i)}")
+    return "\n".join([*lines, f"solved: {'no' if bad.any() else 'yes'}"])
 
 
 # ---- text
 
 TEXT8 = ("http://mattmahoney.net/dc/text8.zip",
          "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232")
-TEXT8_MIRROR = ("https://github.com/RaRe-Technologies/gensim-data/releases/download/text8/text8.gz")
-TEXT8_MD5 = "3bea1919949baf155f99411df5fada7e"  # of the 100,000,000 bytes inside
 LM1B = ("http://www.statmt.org/lm-benchmark/1-billion-word-language-modeling-benchmark-r13output"
         ".tar.gz", "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e")
 LM1B_FILE = re.compile(  # the held-out shards lie there a second time, before their split in 50
     r"/(?:(training)-monolingual\.tokenized\.shuffled/news\.en-000\d\d-of-00100"
     r"|(heldout)-monolingual\.tokenized\.shuffled/news\.en\.heldout-000\d\d-of-00050)$")
-DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, KeyError)
 BERT_VOCAB = ("https://huggingface.co/bert-base-uncased/resolve/"
               "86b5e0934494bd15c9632b12f734a8a67f723594/vocab.txt",
               "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")
@@ -727,31 +747,9 @@ def to_text8(text):
 
 
 def read_text8(data_dir):
-    """The 100,000,000 characters of text8 as bytes, downloaded once, from the mirror if need be."""
-    path = Path(data_dir) / "text8"
-    if not path.exists():
-        try:
-            packed = download(TEXT8[0], path.with_suffix(".zip"), TEXT8[1])
-            with zipfile.ZipFile(packed) as z:
-                raw = z.read("text8")                    # by name: no path in the archive is used
-        except (OSError, ValueError, *DAMAGED):
-            with gzip.open(download(TEXT8_MIRROR, path.with_suffix(".gz"))) as z:
-                try:
-                    raw = z.read(100_000_001)
-                except DAMAGED:
-                    raw = b""
-        digest = hashlib.md5(raw).hexdigest()
-        if digest != TEXT8_MD5:
-            raise ValueError(f"text8 has md5 {digest}, not {TEXT8_MD5}: remove {path}.* and retry")
-        write_whole(path, raw)
-    return path.read_bytes()
-
-
-def write_whole(path, raw):
-    """Writes bytes so that under its own name the file is whole."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(raw)
-    os.replace(part, path)
+    """The 100,000,000 characters of text8, downloaded once."""
+    with zipfile.ZipFile(download(TEXT8[0], Path(data_dir) / "text8.zip", TEXT8[1])) as z:
+        return z.read("text8").decode("ascii")           # by name: no path in the archive is used
 
 
 def detokenize(line):
@@ -805,25 +803,18 @@ class WordPiece:
         return f" {c} " if cjk else c
 
     def _word(self, word):
-        """Ids of one word: lower case, no accents, split at punctuation, greedy longest match."""
-        word = unicodedata.normalize("NFD", word.lower())
-        word = "".join(c for c in word if unicodedata.category(c) != "Mn")
-        out = []
-        for piece in re.split(r"([!-/:-@\[-`{-~])", word) if word.isascii() else self._split(word):
-            out += self._match(piece) if piece else []
-        return tuple(out)
-
-    @staticmethod
-    def _split(word):
-        """Splits at ASCII and Unicode punctuation."""
-        out = [""]
-        for c in word:
-            if unicodedata.category(c).startswith("P") or c.isascii() and not c.isalnum() and (
-                    c.isprintable()):
-                out += [c, ""]
-            else:
-                out[-1] += c
-        return out
+        """Ids of one word: lower case, no accents, each sign apart, greedy longest match."""
+        pieces = [""]
+        for c in unicodedata.normalize("NFD", word.lower()):
+            kind = unicodedata.category(c)
+            if kind.startswith("P") or c.isascii() and c.isprintable() and not c.isalnum():
+                pieces += [c, ""]
+            elif kind != "Mn":
+                pieces[-1] += c
+        ids = []
+        for piece in pieces:
+            ids += self._match(piece)
+        return tuple(ids)
 
     def _match(self, piece):
         """Greedy longest match first, ## after the first part; [UNK] where nothing matches."""
@@ -849,38 +840,39 @@ def read_lm1b(data_dir):
     The archive is read as a stream: nothing in it is extracted, no path in it is used.
     """
     folder = Path(data_dir)
-    paths = [folder / f"lm1b-{split}.uint16" for split in ("train", "heldout")]
+    train, held = folder / "lm1b-train.uint16", folder / "lm1b-heldout.uint16"
     vocab_file = download(BERT_VOCAB[0], folder / "bert-base-uncased-vocab.txt", BERT_VOCAB[1])
     vocab = vocab_file.read_text(encoding="utf-8").splitlines()
-    if not all(p.exists() for p in paths):
-        archive, pieces = download(LM1B[0], folder / "lm1b.tar.gz", LM1B[1]), WordPiece(vocab)
-        parts = [p.with_name(f"{p.name}.{os.getpid()}.part") for p in paths]
-        try:
-            encode_lm1b(archive, pieces, *parts)
-            for part, path in zip(parts, paths):
-                os.replace(part, path)
-        except DAMAGED as e:
-            raise ValueError(f"{archive} is damaged ({type(e).__name__}): remove it") from None
-        finally:
-            for part in parts:
-                part.unlink(missing_ok=True)
-    return *(np.memmap(p, np.uint16, "r") for p in paths), vocab
+    if not (train.exists() and held.exists()):
+        pieces = WordPiece(vocab)
+        archive = download(LM1B[0], folder / "lm1b.tar.gz", LM1B[1])
+        with (tarfile.open(archive, mode="r|gz") as tar, whole(train) as train_file,
+              whole(held) as held_file,
+              tqdm(total=30_607_716, unit="line", desc="encoding LM1B", disable=None) as bar):
+            for member in tar:
+                shard = LM1B_FILE.search(member.name)
+                if shard is None or not member.isfile():
+                    continue
+                out = train_file if shard[1] else held_file
+                for line in tar.extractfile(member):
+                    ids = pieces.encode(detokenize(line.decode("utf-8").rstrip("\n")))
+                    out.write(np.array([*ids, pieces.sep], np.uint16).tobytes())
+                    bar.update()
+    return np.memmap(train, np.uint16, "r"), np.memmap(held, np.uint16, "r"), vocab
 
 
-def encode_lm1b(archive, pieces, train_path, held_path):
-    """Writes the ids of the archive's training and held-out lines to two files, uint16."""
-    with (open(train_path, "wb") as train, open(held_path, "wb") as held,
-          tarfile.open(archive, mode="r|gz") as tar,
-          tqdm(total=30_607_716, unit="line", desc="encoding LM1B", disable=None) as bar):
-        for member in tar:
-            where = LM1B_FILE.search(member.name)
-            if where is None or not member.isfile():
-                continue
-            out = train if where[1] else held
-            for line in tar.extractfile(member):
-                ids = pieces.encode(detokenize(line.decode("utf-8").rstrip("\n")))
-                out.write(np.array([*ids, pieces.sep], np.uint16).tobytes())
-                bar.update()
+def character_ids(text, vocab, blank=None):
+    """Characters -> their ids (n,), unsigned; blank: its id is V. Raises ValueError."""
+    V = len(vocab)
+    ids = np.full(0x110000, V + 1, np.min_scalar_type(V + 1))    # by code point; V + 1: unknown
+    ids[[ord(c) for c in vocab]] = np.arange(V)
+    if blank:
+        ids[ord(blank)] = V
+    ids = ids[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
+    unknown = ids > V
+    if unknown.any():
+        raise ValueError(f"{text[unknown.argmax()]!r} is not among the {V} symbols of the model")
+    return ids
 
 
 class Text:
@@ -894,64 +886,57 @@ class Text:
     vocab: encode with this one instead of the text's own (a checkpoint's).
     """
 
-    entropy, prefix_len, nfe, remask, temperature = None, 0, 4, "random", 1.0
-    score_num, bound_num, scored = 256, 2000, False
+    entropy = None
+    prefix_len = 0
+    nfe = 4
+    remask = "random"
+    temperature = 1.0
+    score_num = 256
+    bound_num = 2000
+    scored = False
 
     def __init__(self, name, length=None, data_path=None, alphabet=None, vocab=None,
-                 data_dir=".data", max_gib=MAX_GIB):
-        default = 128 if name == "lm1b" else 256
-        self.name, L = name, default if length is None else length
-        if L < (3 if name == "lm1b" else 1):
-            raise ValueError(f"length {L} is too short")
+                 data_dir=".data"):
+        self.name = name
+        ends = 2 if name == "lm1b" else 0                # [CLS] and [SEP]
+        L = (128 if name == "lm1b" else 256) if length is None else length
+        self.seq_len, width = L, L - ends
+        if width < 1:
+            raise ValueError(f"length {length} is too short")
         if name == "lm1b":
             train, test, self.vocab = read_lm1b(data_dir)
             cut = len(train) - len(train) // 100
-            splits, width = (train[:cut], train[cut:], test), L - 2
-        elif name == "text8":
-            raw = np.frombuffer(read_text8(data_dir), np.uint8)
-            ids = np.where(raw == 32, 0, raw - 96).astype(np.uint8)
-            self.vocab, width = list(ALPHABET), L
-            splits = ids[:90_000_000], ids[90_000_000:95_000_000], ids[95_000_000:]
+            splits = train[:cut], train[cut:], test
         else:
-            ids, self.vocab = self.read_file(data_path, alphabet, vocab, max_gib)
-            width, n = L, len(ids)
-            splits = ids[: n * 90 // 100], ids[n * 90 // 100: n * 95 // 100], ids[n * 95 // 100:]
-        self.vocab_size, self.seq_len = len(self.vocab), L
+            if name == "text8":
+                text, self.vocab = read_text8(data_dir), list(ALPHABET)
+            else:
+                text, self.vocab = self.read_file(data_path, alphabet, vocab)
+            ids = character_ids(text, self.vocab)
+            a, b = len(ids) * 90 // 100, len(ids) * 95 // 100
+            splits = ids[:a], ids[a:b], ids[b:]
+        self.vocab_size = len(self.vocab)
         self.splits = [s[: len(s) // width * width].reshape(-1, width) for s in splits]
-        if not min(map(len, self.splits)):
+        train, valid, test = map(len, self.splits)
+        self.about = f"{train:,} training, {valid:,} validation, {test:,} test chunks"
+        if not train or not valid or not test:
             raise ValueError(f"too little text: training, validation and test need {width} tokens "
                              f"each and have {', '.join(str(len(s)) for s in splits)}")
 
     @staticmethod
-    def read_file(path, alphabet, vocab, max_gib):
-        """Characters of a UTF-8 file -> ids (n,), vocabulary."""
+    def read_file(path, alphabet, vocab):
+        """A UTF-8 file, with or without byte order mark -> text, vocabulary (sorted characters)."""
         if not path:
             raise ValueError("dataset text needs --data-path FILE")
-        check_size(path, max_gib)
+        if alphabet not in (None, "text8"):
+            raise ValueError(f"alphabet {alphabet!r} is not text8")
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")    # line ends become \n
         except UnicodeDecodeError as e:
             raise ValueError(f"{path} is not UTF-8: {e.reason} at byte {e.start}") from None
         if alphabet == "text8":
-            text, vocab = to_text8(text), list(ALPHABET)
-        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        seen = np.zeros(0x110000, bool)
-        seen[points] = True
-        vocab = [chr(i) for i in np.flatnonzero(seen)] if vocab is None else vocab
-        place = np.zeros(0x110000, np.uint8 if len(vocab) <= 256 else np.int32)
-        known = [ord(c) for c in vocab]
-        place[known], seen[known] = np.arange(len(vocab)), False
-        if seen.any():
-            raise ValueError(f"{path} has {chr(seen.argmax())!r}, which is not in the vocabulary "
-                             "of the model")
-        return place[points], vocab
-
-    @property
-    def about(self):
-        """What there is, in words."""
-        counts = (f"{len(s):,} {what}" for s, what in zip(self.splits, ("training", "validation",
-                                                                        "test")))
-        return ", ".join(counts) + " chunks"
+            return to_text8(text), list(ALPHABET)
+        return text, sorted(set(text)) if vocab is None else vocab
 
     def rows(self, split, at):
         """Chunks by number -> x0 (n, L) int64, None."""
@@ -984,14 +969,38 @@ class Text:
                     distinct4=len(torch.unique(grams, dim=0)) / len(grams))
 
 
-def distinct(have, n, generator=None):
-    """n different numbers below `have` in random order, or all if there are fewer."""
-    return torch.randperm(have, generator=generator)[:n]
-
-
-# ---- downloads
+# ---- files and downloads
 
 TIMEOUT = 30  # seconds without an answer, or without another byte
+
+
+def load_array(path, axes=2):
+    """An array of integers in a .npy file, memory-mapped. Pickled arrays are refused unread.
+
+    Raises FileNotFoundError; ValueError if the file holds anything else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no array at {path}; make one: numpy.save(path, x)")
+    try:
+        x = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as e:  # a damaged file makes numpy raise almost anything
+        raise ValueError(f"{path} is no plain .npy array: {str(e)[:100]!r}") from None
+    if getattr(x, "ndim", None) != axes or x.dtype.kind not in "iu":
+        raise ValueError(f"{path} must hold one array of integers with {axes} axes, as (N, L)")
+    return x
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Opens a file to write to. Under its own name it is there only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f:
+            yield f
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def sha256_of(path):
@@ -1003,38 +1012,27 @@ def sha256_of(path):
 def download(url, path, sha256=None, tries=4):
     """Fetches url to path unless it is there -> path.
 
-    Streams to PATH.part, goes on from there after an interruption (Range), checks the sha256, then
-    renames: under its own name a file is whole. Without a known sha256, that of the first download
-    is kept beside it, and wanted of a later one. Retries with back-off. Raises OSError, or
-    ValueError on wrong content.
+    Streams to PATH.part, goes on from there after an interruption, checks the sha256, then renames:
+    under its own name a file is whole. Raises OSError; ValueError on wrong content.
     """
-    path = Path(path)
-    note = path.with_name(path.name + ".sha256")
-    if sha256 is None and note.exists():
-        sha256 = note.read_text().strip()
+    path, part = Path(path), Path(f"{path}.part")
     if path.exists():
+        if sha256 not in (None, sha256_of(path)):
+            raise ValueError(f"{path} is not the file of {url}: remove it")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     for i in range(tries):
         try:
             fetch(url, part)
             break
-        except requests.HTTPError as e:
-            code = e.response.status_code
-            if i + 1 == tries or code < 500 and code not in (416, 429):
-                raise OSError(f"cannot download {url}: HTTP status {code}") from None
         except requests.RequestException as e:
-            if i + 1 == tries:
-                raise OSError(f"cannot download {url}: {type(e).__name__}; what came so far is "
-                              f"kept in {part}") from None
-        time.sleep(2**i)
-    digest = sha256_of(part)
-    if sha256 not in (None, digest):
+            status = 0 if e.response is None else e.response.status_code
+            if i + 1 == tries or 400 <= status < 500 and status not in (416, 429):
+                raise OSError(f"cannot download {url}: {status or type(e).__name__}") from None
+            time.sleep(2**i)
+    if sha256 not in (None, sha256_of(part)):
         part.unlink()
-        raise ValueError(f"{url} has sha256 {digest}, not {sha256}; the file is not kept")
-    if sha256 is None:
-        note.write_text(digest + "\n")
+        raise ValueError(f"{url} does not have sha256 {sha256}; the file is not kept")
     os.replace(part, path)
     return path
 
@@ -1042,42 +1040,38 @@ def download(url, path, sha256=None, tries=4):
 def fetch(url, part):
     """One attempt of `download`: appends to `part` what is missing. Raises requests' exceptions."""
     have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    headers = {"Accept-Encoding": "identity"}            # the length is that of the file
+    if have:
+        headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as r:
-        if r.status_code == 416:                         # nothing follows: whole, or not its start
-            if r.headers.get("Content-Range", "").endswith(f"/{have}"):
-                return
+        if r.status_code == 416:                         # nothing follows: begin again
             part.unlink(missing_ok=True)
         r.raise_for_status()
         if "html" in r.headers.get("Content-Type", ""):
             raise ValueError(f"{url} answered with a web page, not with the file: see it in a "
                              "browser (a quota, a login)")
-        resumed = r.status_code == 206 and r.headers.get("Content-Range", "").startswith(
-            f"bytes {have}-")
-        if r.status_code == 206 and not resumed:
-            part.unlink(missing_ok=True)
-            raise requests.ConnectionError("a range that was not asked for")
-        have = have if resumed else 0
+        if r.status_code != 206:                         # the server sends all of it
+            have = 0
         length = r.headers.get("Content-Length")
         total = None if length is None else have + int(length)
-        with open(part, "ab" if resumed else "wb") as f, tqdm(
-                total=total, initial=have, unit="B", unit_scale=True, desc=part.stem,
-                disable=None) as bar:
+        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem,
+                   disable=None)
+        with open(part, "ab" if have else "wb") as f, bar:
             for chunk in r.iter_content(1 << 16):
                 f.write(chunk)
                 bar.update(len(chunk))
-            got = f.tell()
-        if total is not None and got != total:
-            raise requests.ConnectionError(f"{got} bytes of {total}")
+    if total not in (None, part.stat().st_size):
+        raise requests.ConnectionError(f"{part} is not yet {total} bytes long")
 
+
+# ---- by name, and as text
 
 def check_output(path):
-    """Raises OSError or ValueError unless `path`, a file to be written later, can be one."""
-    path = Path(path)
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} to write {path} to")
-    if path.is_dir() or "\0" in str(path):
-        raise ValueError(f"{path} is no file that can be written")
+    """Raises OSError unless `path`, a file to be written later or None, can be one."""
+    if path is None:
+        return
+    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: it is a folder, or in none")
 
 
 def options(args):
@@ -1088,9 +1082,9 @@ def options(args):
 def load(name, vocab=None, **given):
     """Dataset by name. Options, all with defaults but data_path of array and text:
 
-    strength: p of pairs_strength, 0..1; length: L of needle; data_path, vocab_size: of `Array`;
-    grid, layout, clues, source, puzzles, data_path, data_dir, max_gib: of `Sudoku`; length,
-    data_path, alphabet, data_dir, max_gib, and vocab, where a checkpoint fixes it: of `Text`.
+    strength of pairs_strength, length of needle: see `synthetic`; data_path, vocab_size,
+    prefix_len: of `Array`; grid, layout, clues, source, puzzles, data_path, data_dir: of `Sudoku`;
+    length, data_path, alphabet, data_dir, and vocab, where a checkpoint fixes it: of `Text`.
     Raises ValueError on an unknown name, an option of another dataset or an impossible value.
     """
     if name not in DATASETS:
@@ -1099,36 +1093,13 @@ def load(name, vocab=None, **given):
         if k not in OPTIONS.get(name, ()):
             owners = ", ".join(d for d in DATASETS if k in OPTIONS.get(d, ())) or "no dataset"
             raise ValueError(f"{k} is an option of {owners}, not of {name}")
-        if given[k] is not None and not isinstance(given[k], TYPES.get(k, int)):
-            raise ValueError(f"{k} cannot be {given[k]!r}")
-    V, k = 10, torch.arange(10)[:, None]
-    run = (k + torch.arange(4)) % V  # (10, 4): c, c+1, c+2, c+3
     if name == "sudoku":
         return Sudoku(**given)
-    if name in ("text8", "lm1b", "text"):
-        return Text(name, vocab=vocab, **given)
     if name == "array":
-        return Array(given.get("data_path"), given.get("vocab_size"))
-    if name == "pairs":
-        return Synthetic(name, run[:, :2])
-    if name == "pairs_nonuniform":
-        return Synthetic(name, run[:, :2], torch.arange(1, 11) / 55)
-    if name == "d1":
-        return Synthetic(name, run)
-    if name == "d2":
-        first, second = run[:, :2].repeat_interleave(V, 0), run[:, :2].repeat(V, 1)
-        return Synthetic(name, torch.cat([first, second], 1))
-    if name == "needle":
-        length = given.get("length", 20)
-        if not 8 <= length <= 10**6:
-            raise ValueError(f"length of needle must lie in 8..10^6, not {length}")
-        return Synthetic(name, torch.cat([run, torch.full((V, length - 8), -1), run], 1))
-    strength = given.get("strength", 1.0)
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must lie in 0..1, not {strength}")
-    table = torch.cartesian_prod(torch.arange(V), torch.arange(V))
-    succ = table[:, 1] == (table[:, 0] + 1) % V
-    return Synthetic(name, table, torch.where(succ, strength, (1 - strength) / (V - 1)) / V)
+        return Array(**given)
+    if name in SYNTHETIC:
+        return synthetic(name, **given)
+    return Text(name, vocab=vocab, **given)
 
 
 def show(x, vocab_size, vocab=None):
@@ -1145,26 +1116,86 @@ def texts(x, vocab_size, vocab=None):
     return ["".join(w) for w in words]
 
 
-def encode(text, vocab, blank=False):
-    """Text -> ids (n,), as `Text` has them; blank: _ stands for the mask. Raises ValueError."""
-    if "[CLS]" in vocab:
+def encode(text, vocab, vocab_size=None, blank="_"):
+    """A prompt -> ids (n,) int64, mapped as the training data were; the mask's for blanks.
+
+    vocab None: ids 0..vocab_size-1 between white space, as `show` prints them; WordPiece: [CLS]
+    comes first; text8's alphabet: by `to_text8`; else character by character. blank: a character,
+    None: there are no blanks. Raises ValueError naming what cannot be mapped.
+    """
+    V = vocab_size if vocab is None else len(vocab)
+    parts = text.split(blank) if blank else [text]
+    if vocab is None:
+        ids = []
+        for word in text.split():
+            if word == blank:
+                ids.append(V)
+            elif word.isascii() and word.isdigit() and int(word) < V:
+                ids.append(int(word))
+            else:
+                raise ValueError(f"{word!r} is neither a blank ({blank}) nor an id in 0..{V - 1}")
+    elif "[CLS]" in vocab:
         pieces = WordPiece(vocab)
-        parts = re.split("(_)", text) if blank else [text]
-        ids = [i for p in parts for i in ([len(vocab)] if blank and p == "_" else pieces.encode(p))]
-        return torch.tensor([pieces.cls, *ids])
-    place = {c: i for i, c in enumerate(vocab)} | ({"_": len(vocab)} if blank else {})
-    for c in text:
-        if c not in place:
-            raise ValueError(f"{c!r} is not among the {len(vocab)} characters of the model")
-    return torch.tensor([place[c] for c in text], dtype=torch.long)
+        ids = [pieces.cls, *pieces.encode(parts[0])]
+        for part in parts[1:]:
+            ids += [V, *pieces.encode(part)]
+    else:
+        if vocab == list(ALPHABET):
+            parts = map(to_text8, parts)
+        ids = character_ids((blank or "").join(parts), vocab, blank)
+    return torch.as_tensor(np.asarray(ids, dtype=np.int64))
 
 
-def parse(text, seq_len, vocab_size):
-    """The inverse of `show` for one line, "3 _" -> (L,) ids. Raises ValueError."""
-    words = text.split()
-    if len(words) != seq_len:
-        raise ValueError(f"{text!r} has {len(words)} tokens, not {seq_len}; _ stands for a blank")
-    for w in words:
-        if w != "_" and not (w.isascii() and w.isdigit() and int(w) < vocab_size):
-            raise ValueError(f"token {w!r} is neither _ nor an id in 0..{vocab_size - 1}")
-    return torch.tensor([vocab_size if w == "_" else int(w) for w in words])
+# ---- what the three scripts share: flags, errors, output
+
+def within(kind, low, high, words):
+    """A type for argparse: numbers of `kind` in low..high; `words` are what the error says."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:                     # nan is nowhere
+            raise ValueError
+        return value
+    convert.__name__ = words
+    return convert
+
+
+count = within(int, 1, 10**9, "whole number (1 or more)")
+natural = within(int, 0, 10**9, "whole number (0 or more)")
+positive = within(float, 1e-30, 1e30, "number (above 0)")
+number = within(float, 0, 1e30, "number (0 or more)")
+share = within(float, 0, 1, "number (0 to 1)")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that there are."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def parser(script, doc, **options):
+    """An argument parser that says in one line what is wrong."""
+    p = argparse.ArgumentParser(prog=script, description=doc.splitlines()[0],
+                                formatter_class=Help, **options)
+    p.error = lambda message: p.exit(2, f"{script}: {message}; see --help\n")
+    return p
+
+
+def run_script(script, run, argv=None):
+    """run(argv) -> exit status: its own, or 0; 2, and one line, for what a user can mend.
+
+    A terminal that lacks a character gets ? for it; a reader that has gone (`| head`) is no error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        status = run(argv) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # for the exit's own flush
+        return 141
+    except (ValueError, OSError) as e:
+        print(f"{script}: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2

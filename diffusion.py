@@ -8,14 +8,16 @@ Source: "Variational Masked Diffusion Models" (equation and algorithm numbers ar
 torch only and imports nothing of this project: copy it.
 
 A model offers vocab_size V, block_size r, latent_dim Z (0: no latent), and
-    encode(xt, x0) -> mu, logvar (B, K, Z)      q(z^b | x_t^b, x_0^{<=b}); not used if Z = 0
-    prior(xt, x0, z) -> mu, logvar (B, K, Z)    p(z^b | x_t^b, x_0^{<b}, z^{<b}), or of less
-    prior_reads_z                               whether the prior depends on z^{<b}
-    decode(xt, x0, z) -> logits (B, L, V)       reads x_t^b, x_0^{<b}, z^{<=b}; z may be None
+    decode(xt, x0, z) -> logits (B, L, V)       reads x_t^b, x_0^{<b}, z^{<=b}; z None if Z = 0
+    encode(xt, x0) -> mu, logvar (B, K, Z)      q(z^b | x_t^b, x_0^{<=b}); not needed if Z = 0
+It may offer
+    prior(xt, x0, z) -> mu, logvar (B, K, Z)    p(z^b | x_t^b, x_0^{<b}, z^{<b}); else N(0, I)
+    prior_reads_z                               true if that prior depends on z^{<b}
     new_cache() -> cache with push(x, z)        finished blocks, x (B, r), z (B, 1, Z) or None
-    decode_block(x, z, cache) -> (B, r, V)      decode for the block after the cached ones
-The sampler calls prior and encode on the blocks so far, (B, b r) ids: there x0 may have masks in
-its last block for prior, and the last of z is not yet drawn.
+    decode_block(x, z, cache) -> (B, r, V)      decode for the block after the cached ones; else
+                                                the sampler decodes all blocks so far anew
+The sampler calls prior, encode and decode on the blocks so far, (B, b r) ids: x0 may have masks in
+its last block for prior and decode, and the last of z is not yet drawn for prior.
 
 Key: B batch, L length, r block size, K = L/r blocks, Z latent size, V vocabulary; N steps (network
 evaluations) per block. t runs from 0 (clean) to 1 (all masked): a token is masked with probability
@@ -87,27 +89,33 @@ def token_nats(logits, x0):
     return nats.view_as(x0)
 
 
-def _latent(model, xt, x0, eps, active, every=False):
-    """z ~ q(z | x_t, x_0) where the block is active, z ~ p elsewhere (q = p costs no KL).
+def prior_of(model, xt, x0, z):
+    """Mean and log variance of p(z^b), (B, K, Z) each: the model's prior, or N(0, I)."""
+    if not hasattr(model, "prior"):
+        return torch.zeros_like(z), torch.zeros_like(z)
+    return model.prior(xt, x0, z)
 
-    active (B, K); every: it is known that all are. Returns z and mu, logvar of what it was drawn
-    from and of p, each (B, K, Z); z is None without latents.
+
+def draw_latent(model, xt, x0, eps, active):
+    """z ~ q(z | x_t, x_0) where the block is active, z ~ p elsewhere: there q = p costs no KL.
+
+    eps (B, K, Z) standard normal, active (B, K) -> z (B, K, Z) or None without latents, and mu,
+    logvar of what it was drawn from and of p.
     # differs from the paper: q = p where nothing is masked.
     """
     if not model.latent_dim:
-        return (None,) + (torch.zeros(*active.shape, 0, device=active.device),) * 4
-    q_mu, q_logvar = model.encode(xt, x0)
-    z = q_mu + (0.5 * q_logvar).exp() * eps
-    passes = eps.shape[1] if model.prior_reads_z and not every else 1
+        return None, (eps, eps), (eps, eps)
+    encoded = model.encode(xt, x0)
+    z = encoded[0] + (0.5 * encoded[1]).exp() * eps
+    passes = eps.shape[1] if getattr(model, "prior_reads_z", False) else 1
     for _ in range(passes):                              # later priors read what earlier ones drew
-        p_mu, p_logvar = model.prior(xt, x0, z)
-        mu, logvar = (torch.where(active[..., None], q, p)
-                      for q, p in ((q_mu, p_mu), (q_logvar, p_logvar)))
-        z = mu + (0.5 * logvar).exp() * eps
-    return z, mu, logvar, p_mu, p_logvar
+        p = prior_of(model, xt, x0, z)
+        q = tuple(torch.where(active[..., None], a, b) for a, b in zip(encoded, p))
+        z = q[0] + (0.5 * q[1]).exp() * eps
+    return z, q, p
 
 
-def objective(model, x0, noise, kind="vmd", kl_weight=1.0, given=None):
+def objective(model, x0, noise=None, kind="vmd", kl_weight=1.0, given=None):
     """One Monte-Carlo draw of an objective. x0 (B, L) ids -> loss, recon, kl, each (B,) nats.
 
     recon and kl are the terms of loss, the weight 1/t included, kl_weight not.
@@ -121,27 +129,24 @@ def objective(model, x0, noise, kind="vmd", kl_weight=1.0, given=None):
         steps=N an unbiased estimate of NELBO_N >= -log p(x_0) of the sampler that fixes z and
         draws tokens at temperature 1 and reveals each at one of N steps, independently and
         uniformly; steps=None: N = infinity, as t_min goes to 0.
+    noise: of `draw_noise`; None: drawn here.
     given: (L,) or (B, L) bool, tokens that are never masked; all is then conditional on them. A
     block with nothing masked takes q = p and pays no KL. A prior that reads x_t (E.3) is read at
     t = 1 by nelbo: the bound holds for the sampler that draws z there and keeps it.
     """
     if kind not in ("vmd", "nelbo"):
         raise ValueError(f"objective {kind!r} is neither vmd nor nelbo")
-    (B, L), K = x0.shape, noise.t.shape[1]
+    (B, L), r, V = x0.shape, model.block_size, model.vocab_size
+    if noise is None:
+        noise = draw_noise(B, L, r, model.latent_dim, device=x0.device)
     maskable = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given.expand(B, L)
-    masked = (noise.u < noise.t.repeat_interleave(L // K, 1)) & maskable  # (B, L)
-    xt = x0.masked_fill(masked, model.vocab_size)
-    hidden = masked if kind == "vmd" else maskable  # what the encoder sees as masked
-    z, *gaussians = _latent(
-        model,
-        x0.masked_fill(hidden, model.vocab_size),
-        x0,
-        noise.eps,
-        hidden.view(B, K, -1).any(-1),
-        every=kind == "nelbo" and given is None,
-    )
-    kl = gaussian_kl(*gaussians)  # (B, K)
-    ce = (token_nats(model.decode(xt, x0, z), x0) * masked).view(B, K, -1).sum(-1)  # (B, K)
+    masked = (noise.u < noise.t.repeat_interleave(r, 1)) & maskable      # (B, L)
+    hidden = masked if kind == "vmd" else maskable       # what the encoder sees as masked
+    active = hidden.view(B, -1, r).any(-1)               # (B, K)
+    z, q, p = draw_latent(model, x0.masked_fill(hidden, V), x0, noise.eps, active)
+    kl = gaussian_kl(*q, *p)                             # (B, K)
+    logits = model.decode(x0.masked_fill(masked, V), x0, z)
+    ce = (token_nats(logits, x0) * masked).view(B, -1, r).sum(-1)        # (B, K)
     recon = (ce / noise.t).sum(1)
     kl = (kl / noise.t if kind == "vmd" else kl).sum(1)
     return recon + kl_weight * kl, recon, kl
@@ -162,8 +167,8 @@ def iwae(model, x0, steps, samples, given=None, generator=None):
     log_w = []
     for _ in range(samples):
         eps = torch.randn(B, L // r, model.latent_dim, generator=generator, device=dev)
-        z, mu, logvar, *prior = _latent(model, all_masked, x0, eps, active)
-        lw = 0.0 if z is None else (log_normal(z, *prior) - log_normal(z, mu, logvar)).sum(1)
+        z, q, p = draw_latent(model, all_masked, x0, eps, active)
+        lw = 0.0 if z is None else (log_normal(z, *p) - log_normal(z, *q)).sum(1)
         reveal = torch.randint(1, steps + 1, (B, L), generator=generator, device=dev)
         for n in range(steps, 0, -1):
             logits = model.decode(torch.where((reveal <= n) & maskable, V, x0), x0, z)
@@ -186,7 +191,7 @@ def active_units(model, x0, threshold=0.01, given=None, batch_size=1000):
     added = []
     for part in zip(xt.split(batch_size), x0.split(batch_size)):
         mu = model.encode(*part)[0]
-        added.append(mu - model.prior(*part, mu)[0])     # (n, K, Z)
+        added.append(mu - prior_of(model, *part, mu)[0])         # (n, K, Z)
     return (torch.cat(added).var(dim=0, correction=0) > threshold).sum(-1)
 
 
@@ -256,42 +261,45 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
 
 def _sample(model, x, eps, u, order, nfe, remask, temperature, latent):
     """`sample` for one batch with its noise: eps (B, K, 1 or N, Z), u and order (B, L)."""
-    V, r, cache, zs = model.vocab_size, model.block_size, model.new_cache(), eps[:, :0, 0]
+    V, r, zs = model.vocab_size, model.block_size, None
+    cache = model.new_cache() if hasattr(model, "decode_block") else None
     counts = (x == V).view(len(x), -1, r).sum(-1).T.tolist()             # all that is read back
     for b, masks in enumerate(map(set, counts)):         # of block b, the rows' different M
         end, own = (b + 1) * r, slice(b * r, (b + 1) * r)
-        block = x[:, own]  # (B, r), a view: x is filled in place
-        zs = torch.cat([zs, eps[:, b, :1]], dim=1)  # (B, b + 1, Z), the last one not yet z^b
-
-        def gaussian(i, guess=None):
-            """z^b from the prior, or from the encoder given a guess of x_0^b, (B, 1, Z)."""
-            x_t = x[:, :end]
-            if guess is None:
-                mu, logvar = model.prior(x_t, x_t, zs)
-            else:
-                mu, logvar = model.encode(x_t, torch.cat([x[:, : b * r], guess], 1))
-            return mu[:, -1:] + (0.5 * logvar[:, -1:]).exp() * eps[:, b, i, None]
-
-        z, guess = gaussian(0) if model.latent_dim else None, None
-        M = (block == V).sum(1)
+        block, so_far = x[:, own], x[:, :end]            # views: x is filled in place
+        if model.latent_dim:
+            before = eps[:, :0, 0] if zs is None else zs                 # (B, b, Z)
+            zs = torch.cat([before, eps[:, b, :1]], dim=1)               # z^b: any, for the prior
+            zs = with_last(zs, prior_of(model, so_far, so_far, zs), eps[:, b, 0])
+        z, M = None if zs is None else zs[:, -1:], (block == V).sum(1)
         for i, n in enumerate(range(nfe, 0, -1) if any(masks) else ()):
             if latent == "fixed" and all(m * n // nfe == m * (n - 1) // nfe for m in masks):
                 continue
             masked = block == V
             if i and z is not None and latent != "fixed":
-                new = gaussian(i, guess)
-                z = torch.where(masked.any(1)[:, None, None], new, z)    # full rows keep theirs
-            logits = model.decode_block(block, z, cache)
+                gaussian = prior_of(model, so_far, so_far, zs) if latent == "resample" else (
+                    model.encode(so_far, guess))
+                new = with_last(zs, gaussian, eps[:, b, i])
+                zs = torch.where(masked.any(1)[:, None, None], new, zs)  # full rows keep theirs
+                z = zs[:, -1:]
+            logits = (model.decode(so_far, so_far, zs)[:, -r:] if cache is None else
+                      model.decode_block(block, z, cache))               # (B, r, V)
             score = order[:, own]
             if remask != "random":
                 score = confidence(logits.double().softmax(-1), remask)
             rank = score.masked_fill(~masked, -1).argsort(dim=1, descending=True, stable=True)
             rank = rank.argsort(dim=1)                                   # 0 for the highest score
             reveal = masked & (rank < (M * n // nfe - M * (n - 1) // nfe)[:, None])
-            tokens = draw_tokens(logits, temperature, u[:, own])
-            block.copy_(torch.where(reveal, tokens, block))
-            if latent == "encoder":
-                guess = torch.where(block == V, logits.argmax(-1), block)
-        zs = zs if z is None else torch.cat([zs[:, :-1], z], dim=1)
-        cache.push(block.clone(), z)
+            block.copy_(torch.where(reveal, draw_tokens(logits, temperature, u[:, own]), block))
+            if latent == "encoder":                      # x_0-hat
+                guess = so_far.clone()
+                guess[:, own] = torch.where(block == V, logits.argmax(-1), block)
+        if cache is not None:
+            cache.push(block.clone(), z)
     return x
+
+
+def with_last(zs, gaussian, eps):
+    """zs (B, b, Z) whose last latent is drawn anew from mu, logvar (B, b, Z) by eps (B, Z)."""
+    mu, logvar = (a[:, -1] for a in gaussian)
+    return torch.cat([zs[:, :-1], (mu + (0.5 * logvar).exp() * eps)[:, None]], dim=1)

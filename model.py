@@ -7,15 +7,15 @@
 Source: "Variational Masked Diffusion Models", Sections 3 and 4 and Appendix C; the transformer is
 that of BD3-LM (Arriola et al. 2025). Needs torch only and imports nothing of this project: copy it.
 
-Key: B batch, L sequence length, r block size, K = L/r blocks, D width, H heads, Z latent size, V
-vocabulary. Data ids are 0..V-1; the mask has id V and is never an output. t runs from 0 (clean) to
-1 (all masked). latent_dim = 0 is the baseline without latents: MDM (one block), BD3-LM (several),
-autoregressive (r = 1).
+Key: B batch, L sequence length, r block size, K = L/r blocks, S blocks in a pass, D width, H heads,
+d = D/H, Z latent size, V vocabulary. Data ids are 0..V-1; the mask has id V and is never an output.
+t runs from 0 (clean) to 1 (all masked). latent_dim = 0 is the baseline without latents: MDM (one
+block), BD3-LM (several), autoregressive (r = 1).
 """
 
 import os
-import warnings
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,8 @@ PRIOR = ("standard", "block", "noised")
 LOGVAR_RANGE = (-12.0, 8.0)  # clamp: sigma from e^-6 to e^4
 # differs from the paper: sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
 LOGVAR_INIT = -4.0
-CHUNK = 64  # tokens whose attention is computed together in training: fewer keys that none may see
-CHECKPOINT_VERSION = 2
-CHECKPOINT = dict(  # what train.py writes besides the version: key, type
-    config=dict, model=dict, ema=(dict, type(None)), optimizer=dict, step=int, best=float,
-    seconds=float, args=dict, rng=dict, vocab=(list, type(None)))
+CHUNK = 64  # queries that attend together in training: L = 256 trains a tenth faster than in one go
+CHECKPOINT_VERSION = 3
 
 
 @dataclass
@@ -43,7 +40,7 @@ class Config:
     block_size: int  # r; L for one block
     width: int = 64  # D
     heads: int = 4  # H
-    layers: int = 8  # decoder
+    layers: int = 8  # of the decoder
     encoder_layers: int = 2
     latent_dim: int = 32  # Z per block; 0: no latent, no encoder
     latent_hidden: int = 4  # width of the hidden layers of z's MLP, in units of D
@@ -53,27 +50,21 @@ class Config:
     prefix_len: int = 0  # tokens at the start that are never masked: gated pooling skips them
 
     def __post_init__(self):
+        least = dict(latent_dim=0, prefix_len=0, encoder_layers=min(1, self.latent_dim))
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type is int and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ValueError(f"{f.name} must be an integer, not {value!r}")
-        low = dict(latent_dim=0, prefix_len=0, encoder_layers=1 if self.latent_dim else 0)
-        for f in fields(self):
-            if f.type is int and getattr(self, f.name) < low.get(f.name, 1):
-                least = low.get(f.name, 1)
-                raise ValueError(f"{f.name} must be at least {least}, not {getattr(self, f.name)}")
-            if f.type is int and getattr(self, f.name) > 10**6:
-                raise ValueError(f"{f.name} must be at most 10^6, not {getattr(self, f.name)}")
+            value, low = getattr(self, f.name), least.get(f.name, 1)
+            if f.type is int and not low <= value <= 10**6:
+                raise ValueError(f"{f.name} must lie in {low}..10^6, not {value}")
         if self.seq_len % self.block_size:
             raise ValueError(f"block_size {self.block_size} does not divide length {self.seq_len}")
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} is no multiple of 2 x heads = {2 * self.heads}")
-        for name, known in (("conditioning", CONDITIONING), ("pooling", POOLING),
-                            ("prior", PRIOR)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
         if self.prefix_len >= self.seq_len:
             raise ValueError(f"prefix_len {self.prefix_len} leaves none of {self.seq_len} tokens")
+        known = dict(conditioning=CONDITIONING, pooling=POOLING, prior=PRIOR)
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {values}")
 
 
 def norm(layer, x):
@@ -81,26 +72,21 @@ def norm(layer, x):
     return F.layer_norm(x.float(), layer.normalized_shape, layer.weight.float(), None, layer.eps)
 
 
-def rotary(start, length, dim, device):
-    """RoPE (Su et al. 2021) at positions start.. -> cosines and sines, each (length, dim/2)."""
-    freq = 10000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
-    angle = torch.arange(start, start + length, device=device)[:, None] * freq
+def rotary(position, d):
+    """RoPE (Su et al. 2021): positions (n,) -> cosines and sines of the angles, each (n, d/2)."""
+    frequency = 10000.0 ** (-torch.arange(0, d, 2, device=position.device, dtype=torch.float32) / d)
+    angle = position[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):
-    """Rotates feature pairs (i, i + d/2) of x (..., S, d) by the position's angles (S, d/2)."""
-    a, b = x.chunk(2, dim=-1)
+def rotate(x, rope):
+    """Rotates feature pairs (i, i + d/2) of x (..., n, d) by the angles of `rotary`."""
+    (cos, sin), (a, b) = rope, x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
-def join(parts):
-    """Tensors (B, H, S, d) in one along S; a single one is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
 class Layer(nn.Module):
-    """One DiT block (Peebles & Xie 2023) over a noisy and a clean stream of blocks.
+    """One DiT block (Peebles & Xie 2023).
 
     `ada` holds the six modulation vectors (gamma1, beta1, alpha1, gamma2, beta2, alpha2). Without z
     they are learned constants, as in BD3-LM, whose time conditioning is constant; z adds to them
@@ -119,42 +105,28 @@ class Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU("tanh"), nn.Linear(4 * D, D))
         self.ada = nn.Parameter(torch.tensor([0.0, 0, 1, 0, 0, 1])[:, None].repeat(1, D))
 
-    def forward(self, h, n, mod, rope, parts, past, last):
-        """h (B, n + m, r, D), n noisy blocks, then m clean ones -> the same.
+    def forward(self, h, mod, rope, attend):
+        """h (B, S, r, D), S blocks of r tokens -> (B, S', r, D), the last S' of them.
 
-        mod: None or (B, n + m, 1, 6, D), added to `ada`. parts: who sees whom, see Stack.parts.
-        past: None, or room for keys and values (2, B, H, .., D/H) and how many are there, of the
-        clean blocks before these; those of h are written behind them, noisy ones last. last: the
-        clean stream ends here, of it only keys and values are wanted; (B, n, r, D) comes back.
+        mod: added to `ada`, (B, S, 1, 6, D) or with 1 for any of these. rope: `rotary` of the
+        tokens. attend: q, k, v (B, H, S r, d) -> (B, H, S' r, d); who sees whom is its business.
         """
         B, S, r, D = h.shape
-        ada = self.ada if mod is None else self.ada + mod  # (B, S, 1, 6, D) or (6, D)
-        g1, b1, a1, g2, b2, a2 = ada.unbind(-2)  # each (B, S, 1, D) or (D,)
-        x = self.qkv(norm(self.norm1, h) * (1 + g1) + b1)  # (B, S, r, 3D)
-        x = x.view(B, S * r, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, S r, D/H)
-        (q, k), v = rotate(x[:2], *rope), x[2]
-        if past is not None:
-            room, have = past
-            end = have + (S - n) * r
-            for old, new in zip(room, (k, v)):
-                old[:, :, have:end] = new[:, :, n * r :]
-                old[:, :, end : end + n * r] = new[:, :, : n * r]
-            k, v = room[:, :, :, : end + n * r]
-        if last:
-            h, a1, g2, b2, a2 = (u if u.dim() == 1 else u[:, :n] for u in (h, a1, g2, b2, a2))
-        y = join([F.scaled_dot_product_attention(q[:, :, queries], *(
-            join([u[:, :, s] for s in keys]) for u in (k, v)), mask)
-            for queries, keys, mask in parts[last]])
+        g1, b1, a1, g2, b2, a2 = (self.ada + mod).unbind(-2)     # each (B, S, 1, D) or (1, 1, 1, D)
+        qkv = self.qkv(norm(self.norm1, h) * (1 + g1) + b1)      # (B, S, r, 3D)
+        qkv = qkv.view(B, S * r, 3, self.heads, -1).permute(2, 0, 3, 1, 4)     # (3, B, H, S r, d)
+        q, k = rotate(qkv[:2], rope)
+        y = attend(q, k, qkv[2])                                 # (B, H, S' r, d)
         y = y.transpose(1, 2).reshape(B, -1, r, D)
+        if y.shape[1] < S:
+            h, a1, g2, b2, a2 = (u[:, -y.shape[1]:] for u in (h, a1, g2, b2, a2))
         h = h + a1 * self.out(y)
         return h + a2 * self.mlp(norm(self.norm2, h) * (1 + g2) + b2)
 
 
 class Stack(nn.Module):
-    """Transformer layers over a noisy and a clean stream of blocks.
+    """Transformer layers over blocks of r tokens.
 
-    Noisy block b sees itself and clean blocks < b; clean block b sees clean blocks <= b. With one
-    block there is no clean stream, and nothing is computed for it.
     # differs from the paper: to RoPE comes a learned embedding of the place within the block. RoPE
     # alone acts on attention scores only: where all values are equal, as in a fully masked first
     # block, every position would get the same output, and one step could not write "3 4".
@@ -165,57 +137,85 @@ class Stack(nn.Module):
         self.place = nn.Embedding(r, D)
         self.layers = nn.ModuleList(Layer(D, H) for _ in range(layers))
 
-    @staticmethod
-    def parts(n, c0, m, r, device):
-        """Who attends to whom: lists of (queries, keys, mask), of all and of only noisy queries.
+    def forward(self, h, block, attends, mods=None):
+        """h (B, S, r, D), block (S,) their numbers -> (B, S', r, D), as many as the last attends.
 
-        Queries are a slice, keys a list of slices; a mask is boolean, None where all is seen. In
-        training n = K noisy blocks stand before m = K - 1 clean ones, cut into chunks of CHUNK
-        tokens, so that no attention is computed to keys behind a chunk. In sampling n = 1; the keys
-        are clean blocks 0..c0+m-1, of which the last m are new, then the noisy block.
+        attends: one function for each layer, see `Layer`; mods: one tensor for each, None: zeros.
         """
-
-        def ids(first, end):                             # of the block of each token
-            return torch.arange(first, end, device=device).repeat_interleave(r)
-
-        if n == 1:
-            noisy = [(slice(r), [slice(None)], None)]
-            if not m:
-                return noisy, noisy
-            mask = F.pad(ids(0, c0 + m) <= ids(c0, c0 + m)[:, None], (0, r, r, 0))
-            mask[:r] = True                              # the noisy block sees all
-            return [(slice(None), [slice(None)], mask)], noisy
-        noisy, clean, size = [], [], max(1, CHUNK // r)
-        for a in range(0, n, size):
-            e = min(a + size, n)
-            own, before = ids(a, e), ids(0, e - 1)
-            mask = torch.cat([own == own[:, None], before < own[:, None]], dim=1)
-            at = slice(a * r, e * r)
-            keys = [at, slice(n * r, (n + e - 1) * r)] if e < n else [slice(a * r, None)]
-            noisy.append((at, keys, mask if size > 1 else None))
-            e = min(e, m)
-            if a < e:
-                mask = ids(0, e) <= ids(a, e)[:, None] if size > 1 else None
-                clean.append((slice((n + a) * r, (n + e) * r), [slice(n * r, (n + e) * r)], mask))
-        return noisy + clean, noisy
-
-    def forward(self, noisy, clean=None, mods=None, n0=0, c0=0, past=None):
-        """noisy (B, n, r, D): blocks n0..; clean (B, m, r, D) or None: c0.. -> (B, n, r, D).
-
-        mods: per layer None or (B, n + m, 1, 6, D). past: None, or, with n = 1, room for the keys
-        and values of all blocks, (layers, 2, B, H, .., D/H), filled up to block c0.
-        """
-        h = noisy if clean is None else torch.cat([noisy, clean], dim=1)
-        n, m, r = noisy.shape[1], h.shape[1] - noisy.shape[1], noisy.shape[2]
+        r, D = h.shape[2:]
         h = h + self.place.weight
-        dim = h.shape[-1] // self.layers[0].heads
-        angles = (rotary(b0 * r, k * r, dim, h.device) for b0, k in ((n0, n), (c0, m)))
-        rope = [torch.cat(halves) for halves in zip(*angles)]            # cos, sin ((n + m) r, d/2)
-        parts = self.parts(n, c0, m, r, h.device)
+        token = torch.arange(r, device=h.device)
+        rope = rotary((block[:, None] * r + token).flatten(), D // self.layers[0].heads)
         for i, layer in enumerate(self.layers):
-            h = layer(h, n, mods[i] if mods else None, rope, parts,
-                      None if past is None else (past[i], c0 * r), last=layer is self.layers[-1])
+            mod = h.new_zeros(1, 1, 1, 1, 1) if mods is None else mods[i]
+            h = layer(h, mod, rope, attends[i])
         return h
+
+
+def two_streams(K, r, layers, device):
+    """Training: K - 1 clean blocks stand before K noisy ones -> block numbers, `attends`.
+
+    A clean block sees clean blocks up to itself; a noisy block sees clean blocks before it, and
+    itself. The last layer answers for noisy blocks only: nobody reads the clean ones after it.
+    """
+    block = torch.arange(K, device=device)
+    if K == 1:
+        return block, [F.scaled_dot_product_attention] * layers
+    of, m, size = block.repeat_interleave(r), (K - 1) * r, max(1, CHUNK // r) * r
+    clean, noisy = [], []                                # chunks: first and last token, mask
+    for i in range(0, K * r, size):
+        j, c = min(i + size, K * r), min(i + size, m)
+        query = of[i:j, None]
+        noisy.append((i, j, torch.cat([of[:j - r] < query, of[i:j] == query], dim=1)))
+        if i < c:
+            clean.append((i, c, of[:c] <= of[i:c, None]))
+
+    def last(q, k, v):
+        y = []
+        for i, j, mask in noisy:
+            keys, values = (torch.cat([u[:, :, :j - r], u[:, :, m + i:m + j]], 2) for u in (k, v))
+            y.append(F.scaled_dot_product_attention(q[:, :, m + i:m + j], keys, values, mask))
+        return torch.cat(y, dim=2)
+
+    def both(q, k, v):
+        y = [F.scaled_dot_product_attention(q[:, :, i:j], k[:, :, :j], v[:, :, :j], mask)
+             for i, j, mask in clean]
+        return torch.cat([*y, last(q, k, v)], dim=2)
+
+    return torch.cat([block[:-1], block]), [both] * (layers - 1) + [last]
+
+
+class Cache:
+    """Sampling: keys and values of finished blocks, for `decode_block`."""
+
+    def __init__(self):
+        self.kv = None                                   # (layers, 2, B, H, L, d), filled up to
+        self.blocks = 0                                  # this many blocks
+        self.pending = []                                # (x, z) of blocks to add at the next call
+        self.conditions = {}                             # z: conditioning, of latents still in use
+
+    def push(self, x, z):
+        """x (B, r) clean ids of the next block, z (B, 1, Z) or None."""
+        self.pending.append((x, z))
+
+    def attends(self, S, r):
+        """S new blocks, the last one noisy, each see the cached ones and the new up to themselves.
+
+        The last layer answers for the noisy block only.
+        """
+        start, layers = self.blocks * r, len(self.kv)
+        end, of = start + S * r, torch.arange(self.blocks + S, device=self.kv.device)
+        of = of.repeat_interleave(r)
+        mask = None if S == 1 else of <= of[start:, None]
+
+        def attend(i, q, k, v):
+            self.kv[i, 0, :, :, start:end], self.kv[i, 1, :, :, start:end] = k, v
+            k, v = self.kv[i, :, :, :, :end]
+            if i == layers - 1:
+                return F.scaled_dot_product_attention(q[:, :, -r:], k, v)
+            return F.scaled_dot_product_attention(q, k, v, mask)
+
+        return [partial(attend, i) for i in range(layers)]
 
 
 class Encoder(nn.Module):
@@ -232,8 +232,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.own, self.prefix_len = own, c.prefix_len
         self.embed_xt = nn.Embedding(c.vocab_size + 1, c.width)
-        read = own or c.seq_len > c.block_size           # every parameter has a gradient, for DDP
-        self.embed_x0 = nn.Embedding(c.vocab_size, c.width) if read else None
+        reads_x0 = own or c.seq_len > c.block_size       # else: no parameter without a gradient
+        self.embed_x0 = nn.Embedding(c.vocab_size, c.width) if reads_x0 else None
         self.stack = Stack(c.encoder_layers, c.width, c.heads, c.block_size)
         self.norm = nn.LayerNorm(c.width, bias=False)
         self.gate = nn.Linear(c.width, 1, bias=False) if c.pooling == "gated" else None
@@ -244,19 +244,20 @@ class Encoder(nn.Module):
 
     def forward(self, xt, x0):
         """xt, x0 (B, K, r) ids -> mu, logvar (B, K, Z) float32."""
-        K, r = x0.shape[1:]
-        noisy, clean = self.embed_xt(xt), None  # (B, K, r, D)
+        K, r = xt.shape[1:]
+        h = self.embed_xt(xt)                                    # (B, K, r, D)
         if self.embed_x0 is not None:
             clean = self.embed_x0(x0 if self.own else x0[:, : K - 1])
-        if self.own:
-            noisy = noisy + clean
-        h = self.stack(noisy, clean[:, : K - 1] if K > 1 else None)
-        h = norm(self.norm, h)  # (B, K, r, D)
+            h = h + clean if self.own else h
+            h = torch.cat([clean[:, : K - 1], h], dim=1)         # (B, 2K - 1, r, D)
+        h = self.stack(h, *two_streams(K, r, len(self.stack.layers), h.device))
+        h = norm(self.norm, h)                                   # (B, K, r, D)
         if self.gate is None:
-            h = h.mean(dim=2)  # (B, K, D)
+            h = h.mean(dim=2)                                    # (B, K, D)
         else:
             prefix = torch.arange(K * r, device=h.device).view(K, r, 1) < self.prefix_len
-            h = (self.gate(h).float().masked_fill(prefix, -1e9).softmax(dim=2) * h).sum(dim=2)
+            weight = self.gate(h).float().masked_fill(prefix, -1e9).softmax(dim=2)
+            h = (weight * h).sum(dim=2)
         mu, logvar = self.head(h).float().chunk(2, dim=-1)
         return mu, logvar.clamp(*LOGVAR_RANGE)
 
@@ -268,7 +269,8 @@ class BlockPrior(nn.Module):
         super().__init__()
         self.rnn = nn.GRU(c.latent_dim, c.width, batch_first=True)
         self.head = nn.Linear(c.width, 2 * c.latent_dim)
-        nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, z):
         """z (B, K, Z) -> mu, logvar (B, K, Z), of which block b depends on z^{<b} only."""
@@ -278,19 +280,18 @@ class BlockPrior(nn.Module):
 
 
 class Conditioner(nn.Module):
-    """The latent pathway of the decoder: z -> modulations of the layers, or a vector to add.
+    """The latent pathway of the decoder, run once per block: z -> one vector, its conditioning.
 
     adaln (C.1): MLP, then one Linear per layer (held as one matrix); shared (C.2): one Linear for
-    all layers; add (C.3): embedded, scaled, added to the token embedding. The MLP, run once per
-    block, is where z is turned into a choice that all positions agree on: it wants to be wide.
+    all layers; add (C.3): embedded, scaled, added to the token embedding. The MLP is where z is
+    turned into a choice that all positions agree on: it wants to be wide.
     # differs from the paper: weights start small, not at zero as in adaLN-Zero, so that the encoder
     # has a gradient.
     """
 
     def __init__(self, c):
         super().__init__()
-        self.kind, self.layers, D = c.conditioning, c.layers, c.width
-        hidden = c.latent_hidden * D
+        D, hidden, self.kind = c.width, c.latent_hidden * c.width, c.conditioning
         self.mlp = nn.Sequential(nn.Linear(c.latent_dim, hidden), nn.SiLU(),
                                  nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, D))
         if self.kind == "add":
@@ -300,33 +301,9 @@ class Conditioner(nn.Module):
             nn.init.normal_(self.mod.weight, std=0.02)
 
     def forward(self, z):
-        """z (B, S, Z) -> vector to add (B, S, 1, D) or None, modulations of each layer or None."""
-        B, S, _ = z.shape
-        e = self.mlp(z)  # (B, S, D)
-        if self.kind == "add":
-            return (self.scale * e)[:, :, None], None
-        mods = self.mod(F.silu(e)).view(B, S, 1, -1, 6, e.shape[-1])  # (B, S, 1, layers or 1, 6, D)
-        mods = mods.unbind(3)  # each (B, S, 1, 6, D)
-        return None, mods * (self.layers // len(mods))
-
-
-def mapped(f, *conditions):
-    """Applies f to the tensors of one Conditioner output, or across those of several."""
-    add, mods = zip(*conditions)
-    return (None if add[0] is None else f(*add),
-            None if mods[0] is None else [f(*layer) for layer in zip(*mods)])
-
-
-class Cache:
-    """Keys and values of finished blocks; the next decode_block adds those that were pushed."""
-
-    def __init__(self):
-        self.kv, self.blocks, self.pending = None, 0, []
-        self.conditions = []                             # of latents that may come again: (z, what)
-
-    def push(self, x, z):
-        """x (B, r) clean ids of the next block, z (B, 1, Z) or None."""
-        self.pending.append((x, z))
+        """z (B, K, Z) -> (B, K, P): P = D for add, 6 D for shared, 6 D x layers for adaln."""
+        e = self.mlp(z)                                          # (B, K, D)
+        return self.scale * e if self.kind == "add" else self.mod(F.silu(e))
 
 
 class VMD(nn.Module):
@@ -348,13 +325,14 @@ class VMD(nn.Module):
 
     def param_counts(self):
         """Parameters of decoder, encoder, latent pathway; the first and last run at sampling."""
-        count = lambda m: sum(p.numel() for p in m.parameters()) if m is not None else 0
-        encoder, latent = count(self.encoder), count(self.conditioner) + count(self.prior_net)
-        decoder = count(self) - encoder - latent
-        return {"decoder": decoder, "encoder": encoder, "latent pathway": latent}
+        counts = {"decoder": 0, "encoder": 0, "latent pathway": 0}
+        parts = dict(encoder="encoder", conditioner="latent pathway", prior_net="latent pathway")
+        for name, p in self.named_parameters():
+            counts[parts.get(name.split(".")[0], "decoder")] += p.numel()
+        return counts
 
     def blocks(self, x):
-        """(B, L') -> (B, L'/r, r); L' is a multiple of r, at most L."""
+        """(B, L') -> (B, L'/r, r); L' is a multiple of r."""
         assert x.shape[1] % self.block_size == 0, f"length {x.shape[1]}, blocks {self.block_size}"
         return x.view(x.shape[0], -1, self.block_size)
 
@@ -369,8 +347,9 @@ class VMD(nn.Module):
         """
         if self.prior_net is None:
             return torch.zeros_like(z), torch.zeros_like(z)
-        return self.prior_net(z) if self.prior_reads_z else self.prior_net(*map(self.blocks,
-                                                                                (xt, x0)))
+        if self.prior_reads_z:
+            return self.prior_net(z)
+        return self.prior_net(self.blocks(xt), self.blocks(x0))
 
     def decode(self, xt, x0, z):
         """Training form, all blocks at once -> logits (B, L, V) float32.
@@ -378,133 +357,91 @@ class VMD(nn.Module):
         xt, x0 (B, L) ids, z (B, K, Z) or None. Block b reads x_t^b, x_0^{<b} and z^{<=b}.
         # differs from the paper: it prints x_0^{<=b} for the decoder, which would give b away.
         """
-        xt, x0 = self.blocks(xt), self.blocks(x0)[:, :-1]  # (B, K, r), (B, K - 1, r)
-        condition = (None, None) if z is None else self.conditioner(z)
-        if z is not None and x0.shape[1]:                # those of the clean blocks
-            condition = mapped(lambda a: torch.cat([a, a[:, :-1]], 1), condition)
-        return self._decode(xt, x0, *condition).flatten(1, 2)
+        noisy = self.blocks(xt)                                  # (B, K, r)
+        x = torch.cat([self.blocks(x0)[:, :-1], noisy], dim=1)   # (B, 2K - 1, r)
+        c = None
+        if z is not None:
+            c = self.conditioner(z)
+            c = torch.cat([c[:, :-1], c], dim=1)
+        streams = two_streams(noisy.shape[1], self.block_size, len(self.stack.layers), x.device)
+        return self.logits(x, c, *streams).flatten(1, 2)
 
     @torch.no_grad()
     def decode_block(self, x, z, cache):
         """Sampling form, the block after the cached ones -> logits (B, r, V) float32.
 
         x (B, r) ids, z (B, 1, Z) or None. Blocks pushed to the cache since the last call run in
-        this same pass, each with its own latent, whose conditioning is computed once as long as it
-        is the same tensor. Raises ValueError beyond the length L of the config.
+        this same pass, each with its own latent. Raises ValueError beyond the config's length L.
         """
-        x0 = torch.stack([p[0] for p in cache.pending], 1) if cache.pending else x[:, None][:, :0]
-        condition = None, None
-        if z is not None:
-            known, cache.conditions = cache.conditions, []
-            for new in [z] + [p[1] for p in cache.pending]:
-                done = [what for old, what in known if old is new] or [self.conditioner(new)]
-                cache.conditions.append((new, done[0]))
-            condition = mapped(lambda *a: torch.cat(a, 1), *(what for _, what in cache.conditions))
-        b, c = cache.blocks + len(cache.pending), self.config
-        if (b + 1) * c.block_size > c.seq_len:
-            raise ValueError(f"block {b + 1} of {c.block_size} tokens is beyond the length "
-                             f"{c.seq_len} that the model was made for")
+        xs, zs = [p[0] for p in cache.pending] + [x], [p[1] for p in cache.pending] + [z]
+        S, c = len(xs), self.config
+        if (cache.blocks + S) * c.block_size > c.seq_len:
+            raise ValueError(f"block {cache.blocks + S} of {c.block_size} tokens is beyond the "
+                             f"length {c.seq_len} that the model was made for")
         if cache.kv is None:
-            cache.kv = self.embed.weight.new_empty(c.layers, 2, len(x), c.heads, c.seq_len,
-                                                   c.width // c.heads)
-        logits = self._decode(x[:, None], x0, *condition, b, cache.blocks, cache.kv)
-        cache.blocks, cache.pending = b, []
+            shape = (c.layers, 2, len(x), c.heads, c.seq_len, c.width // c.heads)
+            cache.kv = self.embed.weight.new_empty(shape)
+        condition = None
+        if z is not None:                                # what is known of the same tensor is kept
+            known = cache.conditions
+            cache.conditions = {u: known[u] if u in known else self.conditioner(u) for u in zs}
+            condition = torch.cat([cache.conditions[u] for u in zs], dim=1)
+        block = torch.arange(cache.blocks, cache.blocks + S, device=x.device)
+        attends = cache.attends(S, c.block_size)
+        logits = self.logits(torch.stack(xs, dim=1), condition, block, attends)
+        cache.blocks, cache.pending = cache.blocks + S - 1, []
         return logits[:, 0]
 
     def new_cache(self):
         """An empty Cache for decode_block."""
         return Cache()
 
-    def _decode(self, noisy, clean, add, mods, n0=0, c0=0, past=None):
-        """Logits of n noisy blocks; add, mods: the conditioner's output for n noisy, m clean."""
-        n = noisy.shape[1]
-        h = self.embed(torch.cat([noisy, clean], dim=1))  # (B, n + m, r, D)
-        h = h if add is None else h + add
-        h = self.stack(h[:, :n], h[:, n:] if h.shape[1] > n else None, mods, n0, c0, past)
-        return self.head(norm(self.norm, h)).float()  # (B, n, r, V)
+    def logits(self, x, condition, block, attends):
+        """x (B, S, r) ids, condition (B, S, P) of the Conditioner or None -> (B, S', r, V)."""
+        h, mods = self.embed(x), None                            # (B, S, r, D)
+        if condition is not None and self.conditioner.kind == "add":
+            h = h + condition[:, :, None]
+        elif condition is not None:
+            mods = condition.view(*condition.shape[:2], 1, -1, 6, h.shape[-1]).unbind(3)
+            mods = mods * (len(attends) // len(mods))            # each (B, S, 1, 6, D)
+        h = self.stack(h, block, attends, mods)                  # (B, S', r, D)
+        return self.head(norm(self.norm, h)).float()
 
 
 def one_line(error):
-    """The first line of an exception's message, shortened, for a message to the user."""
-    return ((str(error) or repr(error)).splitlines() or [""])[0][:120]
-
-
-def complaint(error):
-    """What a user can do something about, as one line for the terminal; None: a defect."""
-    text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, OSError)):
-        return text
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(
-            words in text for words in ("out of memory", "can't allocate memory",
-                                        "Storage size calculation overflowed")):
-        return "out of memory; a smaller --batch-size or, in training, --grad-accum needs less"
-    return None
+    """An exception's message on one line, shortened."""
+    return " ".join((str(error) or repr(error)).split())[:160]
 
 
 def usable(device):
     """Returns the name of a torch device, or raises ValueError if it cannot be used here."""
     try:
-        torch.zeros((), dtype=torch.float64, device=device).item()  # the sampler needs float64
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as e:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"device {device!r} cannot be used: {one_line(e)}") from None
     return device
 
 
 def load_checkpoint(path, device="cpu", ema=True):
-    """Reads a file written by train.py -> (model in eval mode, checkpoint dict).
+    """Reads a file of train.py, or any {"config", "model"} -> (model in eval mode, its dict).
 
     ema: use the averaged weights where the run kept them. Only tensors and plain values are
-    unpickled (weights_only=True). Raises FileNotFoundError, or ValueError if the device cannot be
-    used or the file is not such a checkpoint.
+    unpickled (weights_only=True); prefixes that DDP and torch.compile leave in names are removed.
+    Raises FileNotFoundError, or ValueError if it is no checkpoint of this version or the device
+    cannot be used.
     """
-    usable(device)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}; make one: python train.py")
     try:
-        with warnings.catch_warnings(action="ignore"):   # about pickles that are not ours
-            ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        if ckpt.get("version", CHECKPOINT_VERSION) != CHECKPOINT_VERSION:
+            raise ValueError(f"it has version {ckpt['version']}, this code {CHECKPOINT_VERSION}")
+        weights = ckpt.get("ema") if ema else None
+        weights = ckpt["model"] if weights is None else weights
+        weights = {k.replace("_orig_mod.", "").removeprefix("module."): v
+                   for k, v in weights.items()}
+        model = VMD(Config(**ckpt["config"]))
+        model.load_state_dict(weights)
+        return model.to(device).eval(), ckpt
     except Exception as e:  # a damaged file makes torch.load raise almost anything
-        raise ValueError(f"{path} is not a readable checkpoint: {one_line(e)}") from None
-    if not isinstance(ckpt, dict) or ckpt.get("version") != CHECKPOINT_VERSION:
-        raise ValueError(f"{path} is not a version {CHECKPOINT_VERSION} checkpoint of train.py")
-    if not isinstance(ckpt.get("args"), dict) or not isinstance(ckpt["args"].get("dataset"), str):
-        raise ValueError(f"{path} is no checkpoint of train.py: its settings name no dataset")
-    odd = {k for k in CHECKPOINT.keys() | ckpt.keys() - {"version"}
-           if k not in ckpt or not isinstance(ckpt[k], CHECKPOINT.get(k, ()))}
-    if odd:
-        raise ValueError(f"{path} is no checkpoint of train.py: missing, unknown or of a wrong "
-                         f"type are {one_line(', '.join(sorted(map(str, odd))))}")
-    try:
-        config = Config(**ckpt["config"])
-        if max(config.layers, config.encoder_layers) > len(ckpt["model"]):
-            raise ValueError("more layers than weights")
-        with torch.device("meta"):                       # nothing is allocated for a forged size
-            model = VMD(config)
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f"{path} holds no possible configuration: {one_line(e)}") from None
-    vocab = ckpt["vocab"]
-    if vocab is not None and (len(vocab) != config.vocab_size
-                              or not all(isinstance(c, str) for c in vocab)):
-        raise ValueError(f"{path} is damaged: its vocabulary is no list of {config.vocab_size} "
-                         "strings")
-    for weights in (ckpt["ema"], ckpt["model"]):
-        if weights is not None:
-            check_weights(path, weights, model.state_dict())
-    weights = ckpt["ema"] if ema and ckpt["ema"] is not None else ckpt["model"]
-    model.load_state_dict(dict(weights), assign=True)    # a copy: torch would note `assign` in it
-    return model.to(device).eval(), ckpt
-
-
-def check_weights(path, weights, own):
-    """Raises ValueError unless the weights have names, shapes and types of `own` and are finite."""
-    for name in sorted(map(str, own.keys() | weights.keys())):
-        w, want = weights.get(name), own.get(name)
-        if not isinstance(w, torch.Tensor) or want is None:
-            wrong = "is missing" if want is not None else "is not one of this model"
-        elif (w.shape, w.dtype) != (want.shape, want.dtype):
-            wrong = f"is {tuple(w.shape)} {w.dtype}, not {tuple(want.shape)} {want.dtype}"
-        elif not w.isfinite().all():
-            wrong = "is not finite"
-        else:
-            continue
-        raise ValueError(f"{path} is damaged: the weight {one_line(name)} {wrong}")
+        raise ValueError(f"{path} is no checkpoint that can be used: {one_line(e)}") from None
