@@ -1738,9 +1738,9 @@ for i, death in enumerate(deaths if world == 1 else deaths[1:3]):
 """
 
 
-@pytest.mark.parametrize("world, ema", [(1, "0"), (1, "0.9"), (2, "0.9")])
-def test_a_run_that_dies_anywhere_resumes_to_the_same_end(tmp_path, world, ema):
-    flags = FAST + ["--log-every", "1", "--eval-every", "2", "--ema", ema]
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_that_dies_anywhere_resumes_to_the_same_end(tmp_path, world):
+    flags = FAST + ["--log-every", "1", "--eval-every", "2", "--ema", "0.9"]
     done = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path), str(world), *flags],
                           cwd=HERE, capture_output=True, text=True, timeout=280,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -1750,8 +1750,7 @@ def test_a_run_that_dies_anywhere_resumes_to_the_same_end(tmp_path, world, ema):
         for i in range(5 if world == 1 else 2):
             other = weights(tmp_path / str(i), name)
             assert whole["step"] == other["step"] and whole["best"] == other["best"]
-            assert same(whole["model"], other["model"])
-            assert ema == "0" or same(whole["ema"], other["ema"])
+            assert same(whole["model"], other["model"]) and same(whole["ema"], other["ema"])
             for k, state in whole["optimizer"]["state"].items():
                 assert same(state, other["optimizer"]["state"][k])
 
