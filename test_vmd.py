@@ -25,7 +25,8 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, its presets included
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors: two threads are slower on a busy machine
 
 import numpy as np
 import pytest
@@ -1673,8 +1674,7 @@ def test_two_processes_and_two_micro_batches_give_the_gradient_of_one(tmp_path):
     assert train.main(flags + ["--out", str(tmp_path / "accum"), "--grad-accum", "2"]) == 0
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
            str(HERE / "train.py"), *flags, "--out", str(tmp_path / "both"), "--grad-accum", "2"]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=180,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(run, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     one = gradients(tmp_path / "one")
     assert max(g.abs().max() for g in one) > 1e-3
@@ -1686,7 +1686,7 @@ def test_two_processes_and_two_micro_batches_give_the_gradient_of_one(tmp_path):
 # A run that ends itself in the `nth` call of a function, before or after it does its work.
 KILLS = """
 import os, signal, socket, sys
-import torch, tqdm
+import torch, torch._dynamo, tqdm            # the second is what an optimizer imports
 import train
 train.EVAL_SEQUENCES, train.report = 20, lambda *a: None     # seconds that no death needs to hit
 torch.set_num_threads(1)                     # a fork copies no threads
@@ -1742,8 +1742,7 @@ for i, death in enumerate(deaths if world == 1 else deaths[1:3]):
 def test_a_run_that_dies_anywhere_resumes_to_the_same_end(tmp_path, world):
     flags = FAST + ["--log-every", "1", "--eval-every", "2", "--ema", "0.9"]
     done = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path), str(world), *flags],
-                          cwd=HERE, capture_output=True, text=True, timeout=280,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          cwd=HERE, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     for name in ("last.pt", "best.pt"):
         whole = weights(tmp_path / "whole", name)
