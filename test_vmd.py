@@ -43,7 +43,7 @@ from diffusion import Noise, active_units, draw_noise, draw_tokens, gaussian_kl,
 from model import VMD, Cache, Config, load_checkpoint
 
 HERE = Path(__file__).parent
-LN10 = math.log(10)
+LN2, LN10 = math.log(2), math.log(10)
 
 
 def gen(seed):
@@ -822,7 +822,7 @@ def test_synthetic_data_are_what_the_paper_says(name, entropy, chance):
     assert ((x[:, 1] - x[:, 0]) % 10 == 1).all()
     if name == "needle":
         assert (x[:, :4] == x[:, -4:]).all() and ((x[:, :3] + 1) % 10 == x[:, 1:4]).all()
-        assert torch.bincount(x[:, 4:-4].flatten()).min() > 4000 * 12 / 10 * 0.9
+        assert torch.bincount(x[:, 4:-4].flatten(), minlength=10).min() > 4000 * 12 / 10 * 0.9
     metrics = ds.metrics(x)
     assert metrics["acc"] == 1 and metrics["kl"] < 0.02
     assert abs(train.independent(ds)["acc"] - chance) < 0.1 * chance + 0.001
@@ -1017,6 +1017,7 @@ def test_test_boards_are_no_training_boards_under_another_labelling(n, tmp_path)
     ds, test = data.load("sudoku", grid=n, layout="board", data_path=path), data.held_out(both[1])
     assert (ds.train_set.numpy() == both[:, ~test]).all() and 0.02 < test.mean() < 0.15
     assert (ds.test_set.numpy() == both[:, test]).all()
+    assert sorted(ds.test(400)[0].tolist()) == sorted(both[1, test].tolist())     # each once
     train_boards, test_boards = relabelled(ds.train_set[1]), relabelled(ds.test_set[1])
     drawn = relabelled(ds.batch(2000, gen(0))[0])         # augmented
     assert not test_boards & (train_boards | drawn)
@@ -1072,10 +1073,12 @@ def test_puzzle_scores_by_hand(sudoku4):
     x[1] = other                                # 4 of 12 cells differ
     x[2, 0] = 2                                 # breaks a rule
     x[3, 15] = 5                                # the mask: nothing was written
-    got = sudoku4(layout="board").metrics(x, s.repeat(4, 1), given)
+    ds = sudoku4(layout="board")
+    got = ds.metrics(x, s.repeat(4, 1), given)
     assert_close(got["exact"], 0.25), assert_close(got["valid"], 0.5)
     assert_close(got["cell"], (12 + 8 + 11 + 11) / 48)
     assert_close(got["exact_se"], math.sqrt(0.25 * 0.75 / 4))
+    assert ds.boards(x, given)[1][3, 15] == 0
     # the prefix layout can overwrite a clue, here the first cell: a legal board, but not valid
     ds = sudoku4(layout="prefix")
     puzzle = torch.where(torch.arange(16) < 1, s, 0)
@@ -1104,11 +1107,12 @@ def test_generated_puzzles_are_cached(tmp_path, monkeypatch):
     assert (first[:, :200] == generated(4)).all()            # more puzzles begin with the same
     assert (first[:, 512:] != first[:, :88]).any()           # and go on with others
     assert (data.cached_puzzles(4, 600, 1, tmp_path) != first).any()
+    assert data.cached_puzzles(4, 90, 0, tmp_path).shape == (2, 90, 16)
     monkeypatch.setattr(data, "generate", None)
     assert (data.cached_puzzles(4, 600, 0, tmp_path) == first).all()
     with pytest.raises(KeyboardInterrupt), data.whole(tmp_path / "x"):
         raise KeyboardInterrupt
-    assert len(list(tmp_path.iterdir())) == 2                # what is not finished is not there
+    assert len(list(tmp_path.iterdir())) == 3                # what is not finished is not there
     refused("1..10^8, not 0", data.cached_puzzles, 4, 0, 0, tmp_path)
 
 
@@ -1167,9 +1171,9 @@ def test_puzzles_to_solve_may_have_many_solutions_but_no_contradiction(tmp_path)
     assert data.puzzles_to_solve("1" + "_" * 15, 4).tolist() == [[1] + [0] * 15]
     refused("'x.txt' (no file) holds no 4x4 puzzle", data.puzzles_to_solve, "x.txt", 4)
     path = tmp_path / "x.txt"
-    for bad in ("1.1." + "." * 12, "123....4" + "." * 8):     # twice in a row; a cell without digit
-        path.write_text("." * 16 + "\n" + bad)
-        refused("x.txt, line 2: the clues contradict", data.puzzles_to_solve, str(path), 4)
+    for n, bad in ((9, "1...1" + "." * 76), (4, "123....4" + "." * 8)):
+        path.write_text("." * n * n + "\n" + bad)       # a digit twice in a row; a cell without one
+        refused("x.txt, line 2: the clues contradict", data.puzzles_to_solve, str(path), n)
 
 
 def test_boards_are_drawn_by_hand():
@@ -1178,6 +1182,8 @@ def test_boards_are_drawn_by_hand():
     assert data.draw_boards(p, x) == "\n".join([
         "1 _ | _ _    1'2 | 3 4 ", "_ 4 | _ _    3 4'| 1 2 ", "----+-----   ----+-----",
         "_ _ | 4 _    2 1 | 4'3 ", "_ _ | _ 1    4 3 | 2 1'", "solved: yes"])
+    other = data.draw_boards(p, np.array([0, 2, 1, 3, 4])[s])   # a board, but not of these clues
+    assert other.count("!") == 2 and other.endswith("solved: no")
     x[1], x[15] = 1, 0                                     # a repeated digit, a lost clue
     drawn = data.draw_boards(p, x).splitlines()
     assert drawn[0] == "1 _ | _ _    1!1!| 3 4 " and drawn[-1] == "solved: no"
@@ -1272,11 +1278,16 @@ def test_puzzles_of_shah_et_al_are_downloaded_and_broken_rows_named(server, tmp_
     assert [f.name for f in tmp_path.iterdir()] == ["sudoku-test-data.npy"]      # when needed
     assert (ds.train_set.numpy() == generated(9)).all() and len(server.seen) == 2
     blanks, rules = "not the givens and then the blanks", "its solution breaks the rules"
-    for column, value, why in (
-            (0, 0, blanks), (0, 40, blanks), (1, 9, blanks), (2, -1, blanks), (3, 0, blanks),
-            (3, 10, blanks), (4, 3, blanks), (321, 4, blanks), (3, raw[7, 3] % 9 + 1, rules)):
+    left, right = (1 + 4 * raw[7, 2::4].tolist().index(column) for column in (0, 8))
+    for changes, why in (
+            ([(0, 40)], blanks), ([(0, 0), (slice(4, None, 4), 2)], blanks),     # givens: 40, none
+            ([(left, raw[7, left] - 1), (left + 1, 9)], blanks),                 # columns 9, -1
+            ([(right, raw[7, right] + 1), (right + 1, -1)], blanks),
+            ([(3, 0)], blanks), ([(3, 10)], blanks), ([(4, 3)], blanks), ([(321, 4)], blanks),
+            ([(3, raw[7, 3] % 9 + 1)], rules)):
         bad = raw.copy()
-        bad[7, column] = value
+        for place, content in changes:
+            bad[7, place] = content
         np.save(tmp_path / "x.npy", bad)
         refused(f"x.npy, row 7: {why}", data.read_puzzles, tmp_path / "x.npy", 9)
     np.save(tmp_path / "x.npy", raw[:, :-1])
@@ -1287,7 +1298,7 @@ def test_puzzles_of_shah_et_al_are_downloaded_and_broken_rows_named(server, tmp_
 
 def test_wordpiece_goldens_by_hand():
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##aff", "##able", "want", "##ed",
-             "##want", "cafe", "##s", ",", "!", "'", "don", "t", "\u6771", "\u4eac", "a", "##b",
+             "##want", "##wa", "cafe", "##s", ",", "!", "'", "don", "t", "\u6771", "\u4eac", "a", "##b",
              "\u201c", "x"]
     wp = data.WordPiece(vocab)
     for text, want in (
@@ -1309,7 +1320,8 @@ def test_detokenizer_goldens_by_hand():
             ("It cost $ 5 ; not \u00a3 6 : no .", "It cost $5; not \u00a36: no."),
             ("either / or ( as they say ) [ sic ] .", "either/or (as they say) [sic] ."),
             ("What ? Yes ! And so on .", "What? Yes! And so on."),
-            ("the dogs ' ears", "the dogs ' ears"), ("' quoted '", "'quoted'")):
+            ("\" Really ? \"", "\"Really?\""), ("the dogs ' ears", "the dogs ' ears"),
+            ("' quoted '", "'quoted'")):
         assert data.detokenize(line) == want
 
 
@@ -1372,16 +1384,17 @@ def test_text8_is_mapped_downloaded_checked_and_split(server, tmp_path, monkeypa
 def test_lm1b_is_streamed_detokenised_encoded_and_packed(server, tmp_path, monkeypatch):
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] + list("abcdefgh") + ["##" + c for c in "abcdefgh"]
     root, packed = "1-billion-word-language-modeling-benchmark-r13output/", io.BytesIO()
+    pounds = "d \u00a3 d\n"                                  # "\u00a3d" is one word, unknown
     shards = {
         "training-monolingual.tokenized.shuffled/news.en-00001-of-00100": "ab c\n" * 300,
         "training-monolingual.tokenized.shuffled/news.en-00002-of-00100": "e\n" * 3,
-        "heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050": "d , d\n" * 9,
-        "heldout-monolingual.tokenized.shuffled/news.en-00000-of-00100": "d , d\n" * 9,   # again
+        "heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050": pounds * 9,
+        "heldout-monolingual.tokenized.shuffled/news.en-00000-of-00100": pounds,
         "README": "a b c\n"}
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         for name, text in shards.items():
             info = tarfile.TarInfo(root + name)
-            info.size = len(text)
+            info.size = len(text.encode())
             tar.addfile(info, io.BytesIO(text.encode()))
     server.body, pieces = packed.getvalue(), tmp_path / "bert-base-uncased-vocab.txt"
     pieces.write_text("\n".join(vocab) + "\n")
@@ -1390,22 +1403,21 @@ def test_lm1b_is_streamed_detokenised_encoded_and_packed(server, tmp_path, monke
     train_ids, held, got = data.read_lm1b(tmp_path)
     a, b, c, d, e = (vocab.index(piece) for piece in ("a", "##b", "c", "d", "e"))
     assert got == vocab and train_ids.tolist() == [a, b, c, 3] * 300 + [e, 3] * 3
-    assert held.tolist() == [d, 1, d, 3] * 9                         # the comma: [UNK]
+    assert held.tolist() == [d, 1, 3] * 9
     assert {p.name for p in tmp_path.iterdir()} == {pieces.name, "lm1b.tar.gz",
                                                     "lm1b-train.uint16", "lm1b-heldout.uint16"}
     ds = data.load("lm1b", length=10, data_dir=tmp_path)
     x, _ = ds.rows(0, torch.arange(2))
     assert x.tolist() == [[2, a, b, c, 3, a, b, c, 3, 3]] * 2        # [CLS], eight, [SEP]
-    assert [len(s) for s in ds.splits] == [(1206 - 12) // 8, 12 // 8, 36 // 8]
+    assert [len(s) for s in ds.splits] == [(1206 - 12) // 8, 12 // 8, 27 // 8]
     assert data.show(x[:1], len(vocab), vocab) == "[CLS] ab c [SEP] ab c [SEP] [SEP]"
 
 
 def test_scores_of_text_samples_by_hand(tmp_path):
     (tmp_path / "t.txt").write_text("abcd" * 300)
     ds = data.load("text", data_path=tmp_path / "t.txt", length=4)
-    got = ds.metrics(torch.tensor([[0, 0, 1, 1], [0, 1, 2, 3], [0, 1, 2, 3]]))
-    assert_close(got["entropy"], (math.log(2) + 2 * math.log(4)) / 3)
-    assert_close(got["distinct4"], 2 / 3)
+    got = ds.metrics(torch.tensor([[0] * 8, [0, 1] * 4]))     # 1 and 2 of 5 4-grams are different
+    assert_close(got, dict(entropy=LN2 / 2, entropy_sd=LN2 / 2, distinct4=3 / 10))
 
 
 def test_no_more_blocks_than_the_model_was_made_for():
