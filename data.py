@@ -18,6 +18,7 @@ Every dataset has
     batch, valid, test  (n, generator) -> x0 (n, L) ids, given (n, L) bool or None: tokens that are
                         never masked; for training, for choosing between models, for reporting
     metrics             (x, x0, given) -> scores of samples x drawn for test sequences x0
+At the end stands what the three scripts share: types of flags, one line for a user's mistake.
 Needs numpy, torch, requests, tqdm and imports nothing of this project: copy it.
 """
 
@@ -76,7 +77,7 @@ class Synthetic:
     """A known distribution over rows of a table: the ground truth that samples are scored against.
 
     table (S, L) token ids, -1 where a token is uniform noise; probs (S,). Accuracy is the share of
-    samples that match a row; KL(true || generated) is over rows.
+    samples that match a possible row; KL(true || generated) is over rows.
     """
 
     vocab_size = 10
@@ -113,6 +114,7 @@ class Synthetic:
         """Samples x (n, L) -> {"acc": share that matches a row, "kl": KL over rows, nats}."""
         match = (x[:, None, self.fixed] == self.table[:, self.fixed]).all(-1)       # (n, S)
         p, generated = self.probs, match.double().sum(0) / len(x)
+        match = match[:, p > 0]
         kl = torch.special.xlogy(p, p) - torch.special.xlogy(p, generated.clamp(min=KL_FLOOR))
         return {"acc": match.any(1).double().mean().item(), "kl": kl.sum().item()}
 
@@ -992,12 +994,14 @@ def load_array(path, axes=2):
 
 @contextlib.contextmanager
 def whole(path):
-    """Opens a file to write to. Under its own name it is there only when it is whole."""
+    """Opens a file to write to. A kill at any moment leaves the old file, or the new one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as f:
             yield f
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -1166,8 +1170,8 @@ number = within(float, 0, 1e30, "number (0 or more)")
 share = within(float, 0, 1, "number (0 to 1)")
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that there are."""
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows a script's docstring as it stands, and the defaults that there are."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
@@ -1175,8 +1179,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def parser(script, doc, **options):
     """An argument parser that says in one line what is wrong."""
-    p = argparse.ArgumentParser(prog=script, description=doc.splitlines()[0],
-                                formatter_class=Help, **options)
+    p = argparse.ArgumentParser(prog=script, description=doc, formatter_class=Help, **options)
     p.error = lambda message: p.exit(2, f"{script}: {message}; see --help\n")
     return p
 

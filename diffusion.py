@@ -47,16 +47,16 @@ class Noise:
         return Noise(self.t[rows], self.u[rows], self.eps[rows])
 
 
-def draw_noise(B, L, r, Z, steps=None, t_min=1e-3, generator=None, device="cpu"):
+def draw_noise(B, L, r, Z, steps=0, t_min=1e-3, generator=None, device="cpu"):
     """The randomness of one draw of `objective` for x_0 (B, L) in blocks of r -> Noise.
 
     Stratified: of the B K values of t one lies in each of B K equal cells, in random order. steps:
-    None for t uniform on (t_min, 1], else t in {1/steps, ..., 1}. t_min clips the weight 1/t.
+    0 for t uniform on (t_min, 1], N for t in {1/N, ..., 1}. t_min clips the weight 1/t.
     """
     K, kw = L // r, dict(generator=generator, device=device)
     cell = torch.randperm(B * K, **kw).view(B, K)
     s = (cell + torch.rand(B, K, **kw)) / (B * K)  # (B, K) in [0, 1)
-    if steps is None:
+    if not steps:
         t = (1 - s * (1 - t_min)).clamp(min=t_min)
     else:
         t = ((s * steps).floor() + 1).clamp(max=steps) / steps
@@ -103,12 +103,12 @@ def draw_latent(model, xt, x0, eps, active):
     logvar of what it was drawn from and of p.
     # differs from the paper: q = p where nothing is masked.
     """
-    if not model.latent_dim:
+    if not model.latent_dim:                             # eps is (B, K, 0): the KL is 0
         return None, (eps, eps), (eps, eps)
     encoded = model.encode(xt, x0)
     z = encoded[0] + (0.5 * encoded[1]).exp() * eps
-    passes = eps.shape[1] if getattr(model, "prior_reads_z", False) else 1
-    for _ in range(passes):                              # later priors read what earlier ones drew
+    chain = getattr(model, "prior_reads_z", False) and not active.all()
+    for _ in range(eps.shape[1] if chain else 1):        # later priors read what earlier ones drew
         p = prior_of(model, xt, x0, z)
         q = tuple(torch.where(active[..., None], a, b) for a, b in zip(encoded, p))
         z = q[0] + (0.5 * q[1]).exp() * eps
@@ -128,7 +128,8 @@ def objective(model, x0, noise=None, kind="vmd", kl_weight=1.0, given=None):
         the KL once per block and q reading the fully masked x_t. With kl_weight = 1 and noise of
         steps=N an unbiased estimate of NELBO_N >= -log p(x_0) of the sampler that fixes z and
         draws tokens at temperature 1 and reveals each at one of N steps, independently and
-        uniformly; steps=None: N = infinity, as t_min goes to 0.
+        uniformly; steps=0: N = infinity, as t_min goes to 0. (The rules of `sample` reveal equal
+        numbers per step: they are that sampler at N = 1, and random order is, as N grows.)
     noise: of `draw_noise`; None: drawn here.
     given: (L,) or (B, L) bool, tokens that are never masked; all is then conditional on them. A
     block with nothing masked takes q = p and pays no KL. A prior that reads x_t (E.3) is read at

@@ -50,10 +50,9 @@ def build_parser():
     g.add_argument("--nfe", type=count, nargs="+",
                    help="network evaluations per block, N; else 1, text 4, Sudoku 5 10 20")
     g.add_argument("--remask", nargs="+", choices=REMASK,
-                   help="which tokens are unmasked first; else prob, text random, Sudoku prob "
-                   "margin")
-    g.add_argument("--latent", nargs="+", choices=LATENT,
-                   help="fixed, resampled (E.1), or from the encoder (E.4); else fixed, Sudoku all")
+                   help="which tokens are unmasked first; else prob, text random, Sudoku margin")
+    g.add_argument("--latent", nargs="+", choices=LATENT, default=["fixed"],
+                   help="fixed, resampled (E.1), or from the encoder (E.4)")
     g.add_argument("--temperature", type=number, nargs="+",
                    help="of the tokens, 0: argmax; else 0 with a latent, 1 without and for text; "
                    "Sudoku without a latent 1 0")
@@ -119,9 +118,9 @@ def fill_defaults(a, model, ds):
     """Sets the flags that were not given to what suits the data and the model."""
     temperature = default_temperature(model) if ds.temperature is None else ds.temperature
     defaults = dict(num=ds.score_num, bound_num=ds.bound_num, nfe=[ds.nfe], remask=[ds.remask],
-                    latent=["fixed"], temperature=[temperature])
+                    temperature=[temperature])
     if ds.name == "sudoku":
-        defaults |= dict(nfe=[5, 10, 20], remask=["prob", "margin"], latent=list(LATENT))
+        defaults["nfe"] = [5, 10, 20]
         if not model.latent_dim:                         # argmax may suit a baseline here
             defaults["temperature"] = [1.0, 0.0]
         if a.data_path:                                  # all of the file
@@ -194,17 +193,17 @@ def sample_rows(model, ds, a, judge=None):
     rows, first = [], None
     x0, given = ds.test(a.num, torch.Generator().manual_seed(a.seed))
     masks = torch.full((a.num, ds.seq_len), ds.vocab_size)
-    start = masks if given is None else torch.where(given, x0, ds.vocab_size)
+    start = masks.clone() if given is None else torch.where(given, x0, ds.vocab_size)
 
-    def draw(start, nfe, remask, latent, temperature):
-        return sample(model, start.to(a.device), nfe, remask, temperature, latent, a.batch_size,
-                      torch.Generator().manual_seed(a.seed)).cpu()
-
-    choices = itertools.product(a.latent if model.latent_dim else ["none"], a.temperature,
-                                a.remask, a.nfe)
+    latents = a.latent if model.latent_dim else ["none"]
+    choices = itertools.product(latents, a.temperature, a.remask, a.nfe)
     for latent, temperature, remask, nfe in choices:
-        how = (nfe, remask, "fixed" if latent == "none" else latent, temperature)
-        clock, x = time.time(), draw(start, *how)
+        def draw(start):
+            return sample(model, start.to(a.device), nfe, remask, temperature,
+                          "fixed" if latent == "none" else latent, a.batch_size,
+                          torch.Generator().manual_seed(a.seed)).cpu()
+
+        clock, x = time.time(), draw(start)
         first = x if first is None else first
         row = dict(nfe=nfe, remask=remask, temperature=temperature, latent=latent, num=len(x),
                    **ds.metrics(x, x0, given))
@@ -213,9 +212,19 @@ def sample_rows(model, ds, a, judge=None):
             row |= dict(gen_ppl=ppl.mean().item(), gen_ppl_sd=ppl.std(correction=0).item())
         if ds.name == "needle":                          # the first token is given
             masks[:, 0] = x0[:, 0]
-            row["cond_acc"] = ds.metrics(draw(masks, *how))["acc"]
+            row["cond_acc"] = ds.metrics(draw(masks))["acc"]
         rows.append(row | dict(seconds=round(time.time() - clock, 2)))
     return rows, first
+
+
+@torch.no_grad()
+def one_draw(model, x0, given, bound, steps, a, generator):
+    """One Monte-Carlo draw of a bound, or of the printed value -> (B,) nats."""
+    if bound == "iwae":
+        return iwae(model, x0, steps, a.iwae, given, generator)
+    noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, steps, T_MIN, generator,
+                       a.device)
+    return objective(model, x0, noise, "vmd" if bound == "printed" else bound, given=given)[0]
 
 
 def bound_rows(model, ds, a):
@@ -225,33 +234,21 @@ def bound_rows(model, ds, a):
     if len(x0) < 2:
         raise ValueError("a standard error needs two test sequences; leave the bounds out with "
                          "--bound-steps and no number")
-    batches = []
-    for at in torch.arange(len(x0)).split(a.batch_size):
-        known = None if given is None else given[at].to(a.device)
-        batches.append((x0[at].to(a.device), known))
-
-    @torch.no_grad()
-    def one_draw(x, known, kind, steps):
-        noise = draw_noise(*x.shape, model.block_size, model.latent_dim, steps or None, T_MIN, gd,
-                           a.device)
-        return objective(model, x, noise, kind, given=known)[0]
-
+    bounds = [("printed", 0)] + [("nelbo", n) for n in a.bound_steps]
+    if a.iwae:
+        bounds += [("iwae", n) for n in a.bound_steps if n]
     rows = []
-
-    def add(bound, steps, value):
-        v = torch.cat([value(*batch) for batch in batches]).double()
-        row = dict(bound=bound, steps=steps or None, nats=v.mean().item(),
-                   se=v.std().item() / math.sqrt(len(v)))
+    for bound, steps in bounds:
+        values = []
+        for at in torch.arange(len(x0)).split(a.batch_size):
+            known = None if given is None else given[at].to(a.device)
+            values.append(one_draw(model, x0[at].to(a.device), known, bound, steps, a, gd))
+        v = torch.cat(values).double()
+        row = dict(bound=f"iwae_{a.iwae}" if bound == "iwae" else bound, steps=steps or None,
+                   nats=v.mean().item(), se=v.std().item() / math.sqrt(len(v)))
         if given is None:                                # else some tokens cost nothing
             row["nats_per_token"] = row["nats"] / x0.shape[1]
         rows.append(row)
-
-    add("printed", 0, partial(one_draw, kind="vmd", steps=0))
-    for n in a.bound_steps:
-        add("nelbo", n, partial(one_draw, kind="nelbo", steps=n))
-    for n in a.bound_steps if a.iwae else ():
-        if n:
-            add(f"iwae_{a.iwae}", n, lambda x, known, n=n: iwae(model, x, n, a.iwae, known, gd))
     return rows
 
 
@@ -335,14 +332,20 @@ def heat_map(truth, generated):
     return "\n".join(lines)
 
 
-def plot(path, joints, journal):
-    """An image: true and generated joint, or accuracy during training (Figure 6) from log.jsonl."""
+def import_pyplot():
+    """matplotlib.pyplot, drawing to files. Raises ValueError where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def plot(path, joints, journal):
+    """An image: true and generated joint, or accuracy during training (Figure 6) from log.jsonl."""
+    plt = import_pyplot()
     if joints:
         fig, axes = plt.subplots(1, 2, figsize=(7, 3.4))
         for ax, p, title in zip(axes, joints, ("true", "generated")):
@@ -407,11 +410,13 @@ def run(argv):
     model, ckpt = load_checkpoint(a.ckpt, a.device)
     start, ds = time.time(), load_data(a, model, ckpt)
     fill_defaults(a, model, ds)
-    two_tokens, journal = ds.seq_len == 2 and ds.entropy is not None, Path(a.ckpt).parent
-    journal = journal / "log.jsonl"
+    two_tokens = ds.seq_len == 2 and ds.entropy is not None
+    journal = Path(a.ckpt).parent / "log.jsonl"
     if a.plot and not two_tokens and (ds.name != "sudoku" or not journal.exists()):
         raise ValueError("--plot draws the joint of two tokens or, for sudoku, the log.jsonl "
                          f"beside the checkpoint, not {ds.name}")
+    if a.plot:
+        import_pyplot()                                  # or say now that there is none
     judge = load_judge(a, ckpt)
     bounds = bound_rows(model, ds, a) if a.bound_steps else []
     rows, x = sample_rows(model, ds, a, judge)

@@ -146,9 +146,10 @@ class Stack(nn.Module):
         h = h + self.place.weight
         token = torch.arange(r, device=h.device)
         rope = rotary((block[:, None] * r + token).flatten(), D // self.layers[0].heads)
-        for i, layer in enumerate(self.layers):
-            mod = h.new_zeros(1, 1, 1, 1, 1) if mods is None else mods[i]
-            h = layer(h, mod, rope, attends[i])
+        if mods is None:
+            mods = [h.new_zeros(1, 1, 1, 1, 1)] * len(self.layers)
+        for layer, attend, mod in zip(self.layers, attends, mods):
+            h = layer(h, mod, rope, attend)
         return h
 
 
@@ -161,25 +162,34 @@ def two_streams(K, r, layers, device):
     block = torch.arange(K, device=device)
     if K == 1:
         return block, [F.scaled_dot_product_attention] * layers
-    of, m, size = block.repeat_interleave(r), (K - 1) * r, max(1, CHUNK // r) * r
-    clean, noisy = [], []                                # chunks: first and last token, mask
-    for i in range(0, K * r, size):
-        j, c = min(i + size, K * r), min(i + size, m)
-        query = of[i:j, None]
-        noisy.append((i, j, torch.cat([of[:j - r] < query, of[i:j] == query], dim=1)))
-        if i < c:
-            clean.append((i, c, of[:c] <= of[i:c, None]))
+    of = block.repeat_interleave(r)                      # the block of each token
+    clean_len, size = (K - 1) * r, max(1, CHUNK // r) * r
+    clean, noisy = [], []                                # chunks of queries: first, end, mask
+    for first in range(0, K * r, size):
+        end = min(first + size, K * r)
+        query = of[first:end, None]
+        clean_before = of[: end - r] < query
+        own_block = of[first:end] == query
+        noisy.append((first, end, torch.cat([clean_before, own_block], dim=1)))
+        if first < clean_len:
+            end = min(end, clean_len)
+            clean_upto = of[:end] <= of[first:end, None]
+            clean.append((first, end, clean_upto))
 
     def last(q, k, v):
-        y = []
-        for i, j, mask in noisy:
-            keys, values = (torch.cat([u[:, :, :j - r], u[:, :, m + i:m + j]], 2) for u in (k, v))
-            y.append(F.scaled_dot_product_attention(q[:, :, m + i:m + j], keys, values, mask))
+        y, n = [], clean_len                             # noisy tokens stand behind n clean ones
+        for first, end, mask in noisy:
+            keys, values = (torch.cat([u[:, :, : end - r], u[:, :, n + first : n + end]], dim=2)
+                            for u in (k, v))
+            query = q[:, :, n + first : n + end]
+            y.append(F.scaled_dot_product_attention(query, keys, values, mask))
         return torch.cat(y, dim=2)
 
     def both(q, k, v):
-        y = [F.scaled_dot_product_attention(q[:, :, i:j], k[:, :, :j], v[:, :, :j], mask)
-             for i, j, mask in clean]
+        y = []
+        for first, end, mask in clean:
+            y.append(F.scaled_dot_product_attention(q[:, :, first:end], k[:, :, :end],
+                                                    v[:, :, :end], mask))
         return torch.cat([*y, last(q, k, v)], dim=2)
 
     return torch.cat([block[:-1], block]), [both] * (layers - 1) + [last]
@@ -192,7 +202,7 @@ class Cache:
         self.kv = None                                   # (layers, 2, B, H, L, d), filled up to
         self.blocks = 0                                  # this many blocks
         self.pending = []                                # (x, z) of blocks to add at the next call
-        self.conditions = {}                             # z: conditioning, of latents still in use
+        self.condition = None, None                      # the latest z, and the conditioner's output
 
     def push(self, x, z):
         """x (B, r) clean ids of the next block, z (B, 1, Z) or None."""
@@ -246,9 +256,10 @@ class Encoder(nn.Module):
         """xt, x0 (B, K, r) ids -> mu, logvar (B, K, Z) float32."""
         K, r = xt.shape[1:]
         h = self.embed_xt(xt)                                    # (B, K, r, D)
-        if self.embed_x0 is not None:
-            clean = self.embed_x0(x0 if self.own else x0[:, : K - 1])
-            h = h + clean if self.own else h
+        clean = self.embed_x0(x0 if self.own else x0[:, : K - 1]) if self.embed_x0 else None
+        if self.own:
+            h = h + clean
+        if K > 1:
             h = torch.cat([clean[:, : K - 1], h], dim=1)         # (B, 2K - 1, r, D)
         h = self.stack(h, *two_streams(K, r, len(self.stack.layers), h.device))
         h = norm(self.norm, h)                                   # (B, K, r, D)
@@ -357,14 +368,13 @@ class VMD(nn.Module):
         xt, x0 (B, L) ids, z (B, K, Z) or None. Block b reads x_t^b, x_0^{<b} and z^{<=b}.
         # differs from the paper: it prints x_0^{<=b} for the decoder, which would give b away.
         """
-        noisy = self.blocks(xt)                                  # (B, K, r)
-        x = torch.cat([self.blocks(x0)[:, :-1], noisy], dim=1)   # (B, 2K - 1, r)
-        c = None
-        if z is not None:
-            c = self.conditioner(z)
-            c = torch.cat([c[:, :-1], c], dim=1)
-        streams = two_streams(noisy.shape[1], self.block_size, len(self.stack.layers), x.device)
-        return self.logits(x, c, *streams).flatten(1, 2)
+        x = self.blocks(xt)                                      # (B, K, r)
+        K, condition = x.shape[1], None if z is None else self.conditioner(z)
+        if K > 1:                                                # 2K - 1 blocks, clean ones first
+            x = torch.cat([self.blocks(x0)[:, :-1], x], dim=1)
+            condition = None if z is None else torch.cat([condition[:, :-1], condition], dim=1)
+        streams = two_streams(K, self.block_size, len(self.stack.layers), x.device)
+        return self.logits(x, condition, *streams).flatten(1, 2)
 
     @torch.no_grad()
     def decode_block(self, x, z, cache):
@@ -382,10 +392,11 @@ class VMD(nn.Module):
             shape = (c.layers, 2, len(x), c.heads, c.seq_len, c.width // c.heads)
             cache.kv = self.embed.weight.new_empty(shape)
         condition = None
-        if z is not None:                                # what is known of the same tensor is kept
-            known = cache.conditions
-            cache.conditions = {u: known[u] if u in known else self.conditioner(u) for u in zs}
-            condition = torch.cat([cache.conditions[u] for u in zs], dim=1)
+        if z is not None:                                # the latest z comes again: each step, then
+            latest, known = cache.condition              # once more with its finished block
+            conditions = [known if u is latest else self.conditioner(u) for u in zs]
+            cache.condition = z, conditions[-1]
+            condition = torch.cat(conditions, dim=1)
         block = torch.arange(cache.blocks, cache.blocks + S, device=x.device)
         attends = cache.attends(S, c.block_size)
         logits = self.logits(torch.stack(xs, dim=1), condition, block, attends)
@@ -403,7 +414,8 @@ class VMD(nn.Module):
             h = h + condition[:, :, None]
         elif condition is not None:
             mods = condition.view(*condition.shape[:2], 1, -1, 6, h.shape[-1]).unbind(3)
-            mods = mods * (len(attends) // len(mods))            # each (B, S, 1, 6, D)
+            if self.conditioner.kind == "shared":
+                mods = mods * len(attends)                       # each (B, S, 1, 6, D)
         h = self.stack(h, block, attends, mods)                  # (B, S', r, D)
         return self.head(norm(self.norm, h)).float()
 
@@ -422,13 +434,12 @@ def usable(device):
     return device
 
 
-def load_checkpoint(path, device="cpu", ema=True):
+def load_checkpoint(path, device="cpu"):
     """Reads a file of train.py, or any {"config", "model"} -> (model in eval mode, its dict).
 
-    ema: use the averaged weights where the run kept them. Only tensors and plain values are
+    The averaged weights are taken where the run kept them. Only tensors and plain values are
     unpickled (weights_only=True); prefixes that DDP and torch.compile leave in names are removed.
-    Raises FileNotFoundError, or ValueError if it is no checkpoint of this version or the device
-    cannot be used.
+    Raises FileNotFoundError, or ValueError if it is no checkpoint of this version.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint at {path}; make one: python train.py")
@@ -436,12 +447,11 @@ def load_checkpoint(path, device="cpu", ema=True):
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if ckpt.get("version", CHECKPOINT_VERSION) != CHECKPOINT_VERSION:
             raise ValueError(f"it has version {ckpt['version']}, this code {CHECKPOINT_VERSION}")
-        weights = ckpt.get("ema") if ema else None
-        weights = ckpt["model"] if weights is None else weights
+        weights = ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"]
         weights = {k.replace("_orig_mod.", "").removeprefix("module."): v
                    for k, v in weights.items()}
         model = VMD(Config(**ckpt["config"]))
         model.load_state_dict(weights)
-        return model.to(device).eval(), ckpt
     except Exception as e:  # a damaged file makes torch.load raise almost anything
         raise ValueError(f"{path} is no checkpoint that can be used: {one_line(e)}") from None
+    return model.to(device).eval(), ckpt

@@ -35,8 +35,7 @@ def build_parser():
     p.add_argument("--latent", choices=LATENT, default="fixed",
                    help="one z per block, a new one each step (E.1), or from the encoder (E.4)")
     p.add_argument("--prompt", metavar="TOKENS",
-                   help='how every sample begins, in the form that samples are printed in, with '
-                   'blanks to fill in: "3 _", "the ____ of"')
+                   help='how every sample begins, with blanks to fill in: "3 _", "the ____ of"')
     p.add_argument("--blank", default="_", metavar="C",
                    help="the character that stands for a blank in --prompt")
     p.add_argument("--length", type=count,

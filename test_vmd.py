@@ -1853,7 +1853,7 @@ def test_sudoku_is_solved_drawn_and_scored(trained, monkeypatch, capsys):
     # all puzzles of a file, scored
     assert evaluation.main(ckpt + ["--num", "20", "--bound-num", "10", "--json", "e.json"]) == 0
     r = json.loads((trained / "e.json").read_text())
-    assert len(r["rows"]) == 18 and {"exact", "exact_se", "valid", "cell"} <= r["rows"][0].keys()
+    assert len(r["rows"]) == 3 and {"exact", "exact_se", "valid", "cell"} <= r["rows"][0].keys()
     solved = ["1234341221434321", "2134341212434321", "3214143223414123"]
     (trained / "p.txt").write_text("".join(f"{b},{b}\n" for b in solved))     # nothing left to do
     assert evaluation.main(ckpt + ["--bound-steps", "--data-path", "p.txt", "--nfe", "2",

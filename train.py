@@ -95,7 +95,7 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
         eval_every=(250, count, "steps between evaluations, each after a checkpoint")),
 }
 TEXT = ("text8", "lm1b", "text")
-OPEN = dict(latent_hidden=4, pooling="mean")             # fields of Config that have no flag
+NO_FLAG = dict(latent_hidden=4, pooling="mean")          # fields of Config that only presets set
 # differs from the paper: two CPU cores, minutes; KL ramp, clipping, cosine decay, averaged weights.
 # A larger t_min spends the samples where z matters; a KL weight above 1 closes the holes that the
 # posteriors leave in the prior (for pairs z is not worth a weight of 2). Text: t in {1/2, 1}
@@ -127,13 +127,14 @@ PAPER_DATA = {
 } | dict.fromkeys(TEXT, dict(                            # steps are BD3-LM's, the paper has none
     block_size=4, width=256, heads=8, encoder_layers=4, latent_dim=128, conditioning="add",
     batch_size=512, steps=1_000_000, lr=3e-4, warmup=2500, ema=0.9999))
-PRESETS = {name: {"small": OPEN | SMALL.get(name, {}),   # what differs from FLAGS
-                  "paper": OPEN | PAPER | PAPER_DATA.get(name, {})} for name in data.DATASETS}
+PRESETS = {name: {"small": NO_FLAG | SMALL.get(name, {}),   # what differs from FLAGS
+                  "paper": NO_FLAG | PAPER | PAPER_DATA.get(name, {})} for name in data.DATASETS}
 
 NETWORK = ("width", "heads", "layers", "encoder_layers", "latent_dim", "latent_hidden",
            "conditioning", "pooling", "prior")           # settings that are fields of Config
 LATENT_PARTS = ("encoder.", "conditioner.", "prior_net.")  # parameters that the baseline lacks
-FREE_ON_RESUME = {"resume", "out", "device", "compile", "log_every", "eval_every", "grad_accum"}
+FREE_ON_RESUME = {"resume", "out", "data_path", "data_dir", "device", "compile", "log_every",
+                  "eval_every", "grad_accum"}
 EVAL_SEQUENCES = 2000
 
 
@@ -143,16 +144,24 @@ def build_parser(**options):
     for group, flags in FLAGS.items():
         g = p.add_argument_group(group)
         for name, (default, kind, text) in flags.items():
-            how = dict(choices=kind, type=type(kind[0])) if isinstance(kind, tuple) else dict(
-                action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
-            if isinstance(default, list):
-                how["nargs"] = len(default)
-            g.add_argument("--" + name.replace("_", "-"), default=default, help=text, **how)
+            how = dict(default=default, help=text)
+            if kind is bool:
+                how |= dict(action=argparse.BooleanOptionalAction)
+            elif isinstance(kind, tuple):
+                how |= dict(choices=kind, type=type(kind[0]))
+            elif isinstance(default, list):
+                how |= dict(type=kind, nargs=len(default))
+            else:
+                how |= dict(type=kind)
+            g.add_argument("--" + name.replace("_", "-"), **how)
     return p
 
 
 def parse(argv=None):
-    """argv -> settings, and the checkpoint to resume or None. Raises ValueError."""
+    """argv -> settings, and the checkpoint to resume or None. Raises ValueError.
+
+    --dataset and --preset, or the run to resume, say what the defaults are: they are read first.
+    """
     first, _ = build_parser(add_help=False).parse_known_args(argv)
     parser, ckpt = build_parser(), None
     if first.resume:
@@ -228,23 +237,32 @@ def wrap(model, a, world):
     return step_fn
 
 
-def optimise(step_fn, opt, x0, given, noise, kl_weight, lr, a, rank, world):
-    """One optimiser step on this process's rows -> loss, recon, kl in nats, gradient norm (4,)."""
+def shares(x0, given, noise, a, rank, world):
+    """This process's micro-batches of a batch that every process has drawn -> list, on the device.
+    """
+    parts = []
+    for j in range(a.grad_accum):
+        rows = slice(rank * a.grad_accum + j, None, world * a.grad_accum)
+        known = None if given is None else given[rows].to(a.device)
+        parts.append((x0[rows].to(a.device), known, noise[rows]))
+    return parts
+
+
+def optimise(step_fn, opt, parts, kl_weight, lr, a):
+    """One optimiser step on micro-batches -> loss, recon, kl in nats, gradient norm (4,)."""
     for group in opt.param_groups:
         group["lr"] = lr
     opt.zero_grad(set_to_none=True)
-    terms = 0
-    for j in range(a.grad_accum):
-        rows = slice(rank * a.grad_accum + j, None, world * a.grad_accum)
-        part = on(a.device, x0[rows], None if given is None else given[rows])
-        more = world > 1 and j < a.grad_accum - 1        # gradients travel with the last part only
-        with step_fn.no_sync() if more else contextlib.nullcontext():
+    weight, terms = torch.full((), kl_weight, device=a.device), 0
+    for part in parts:
+        # several processes: gradients are averaged with the last micro-batch only
+        wait = hasattr(step_fn, "no_sync") and part is not parts[-1]
+        with step_fn.no_sync() if wait else contextlib.nullcontext():
             with torch.autocast(torch.device(a.device).type, torch.bfloat16,
                                 enabled=a.dtype == "bfloat16"):
-                weight = torch.full((), kl_weight, device=a.device)
-                loss, own = step_fn(*part, noise[rows], weight)
-            (loss / a.grad_accum).backward()
-        terms = terms + own / a.grad_accum
+                loss, own = step_fn(*part, weight)
+            (loss / len(parts)).backward()
+        terms = terms + own / len(parts)
     trained = [p for group in opt.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, a.clip or math.inf)
     opt.step()
@@ -261,13 +279,6 @@ def update_average(ema, model, decay, step):
                          1 - min(decay, (1 + step) / (10 + step)))
 
 
-def on(device, *tensors):
-    """The tensors, or None, on a device, without waiting for the copy."""
-    cuda = torch.device(device).type == "cuda"
-    return [t if t is None else (t.pin_memory() if cuda and t.device.type == "cpu" else t)
-            .to(device, non_blocking=True) for t in tensors]
-
-
 @torch.no_grad()
 def evaluate(model, ds, a, samples=None):
     """Validation loss at the final KL weight, active latent units, scores of samples (sampled_...).
@@ -275,9 +286,10 @@ def evaluate(model, ds, a, samples=None):
     Nats per sequence. Own seeds: training's random streams are not touched.
     """
     g, gd = torch.Generator().manual_seed(1), torch.Generator(a.device).manual_seed(1)
-    x0, given = on(a.device, *ds.valid(min(EVAL_SEQUENCES, max(64, 2**16 // ds.seq_len)), g))
-    noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, a.objective_steps or None,
-                       a.t_min, gd, a.device)
+    x0, given = ds.valid(min(EVAL_SEQUENCES, max(64, 2**16 // ds.seq_len)), g)
+    x0, given = x0.to(a.device), None if given is None else given.to(a.device)
+    noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, a.objective_steps, a.t_min,
+                       gd, a.device)
     terms = []
     for at in torch.arange(len(x0), device=a.device).split(max(1, a.batch_size // a.grad_accum)):
         known = None if given is None else given[at]
@@ -321,13 +333,9 @@ class Run:
             rng={k: g.get_state() for k, g in self.streams.items()}, step=self.step,
             best=self.best, seconds=self.seconds)
         path = Path(self.a.out) / name
-        tmp = path.with_suffix(".tmp")
         try:
-            with open(tmp, "wb") as f:
+            with data.whole(path) as f:
                 torch.save(state, f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(tmp, path)
         except (OSError, RuntimeError) as e:             # torch.save wraps an OSError
             raise OSError(f"cannot write {path}: {one_line(e)}; what was there stays") from None
 
@@ -344,19 +352,19 @@ class Run:
 
 def setup(a, ckpt, world):
     """Dataset, model, optimizer and random streams, new or as the checkpoint left them -> Run."""
+    if a.batch_size % (world * a.grad_accum):
+        raise ValueError(f"--batch-size {a.batch_size} is not a multiple of processes x "
+                         f"--grad-accum = {world * a.grad_accum}")
     local = int(os.environ.get("LOCAL_RANK", 0))
     torch.manual_seed(a.seed)
     if local:                                            # the first process of a machine downloads
         dist.barrier()
     options = {k: getattr(a, k) for k in FLAGS["data"] if k != "dataset"}
-    given = {k: v for k, v in options.items() if v is not None}
-    ds = data.load(a.dataset, ckpt and ckpt["vocab"], **given)
+    options = {k: v for k, v in options.items() if v is not None}
+    ds = data.load(a.dataset, ckpt and ckpt["vocab"], **options)
     ds.about                                             # reads the data
     if world > 1 and not local:
         dist.barrier()
-    if a.batch_size % (world * a.grad_accum):
-        raise ValueError(f"--batch-size {a.batch_size} is not a multiple of processes x "
-                         f"--grad-accum = {world * a.grad_accum}")
     config = Config(ds.vocab_size, ds.seq_len, a.block_size or ds.seq_len,
                     prefix_len=ds.prefix_len, **{k: getattr(a, k) for k in NETWORK})
     if ckpt and asdict(config) != ckpt["config"]:
@@ -406,9 +414,9 @@ def stop_signals():
     """Ctrl-C and SIGTERM end up in the list that this yields, to be looked at between steps."""
     stop = []
 
-    def note(number, frame):
-        stop.append(number)
-        signal.signal(number, old[number])               # a second one acts at once
+    def note(which, frame):
+        stop.append(which)
+        signal.signal(which, old[which])                 # a second one acts at once
     old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
@@ -445,8 +453,7 @@ def announce(run, log):
 
 
 def assess(run, log, record):
-    """Evaluates, keeps the best checkpoint -> whether a latent is there of which no unit is active.
-    """
+    """Evaluates and keeps the best checkpoint -> whether the latent, if there is one, is idle."""
     result = evaluate(run.ema or run.model, run.ds, run.a)
     record(step=run.step, eval=result)
     shown = [f"{k} {v:.4f}" for k, v in result.items() if isinstance(v, float)]
@@ -496,17 +503,17 @@ def train(a, ckpt, rank, world):
     bar = tqdm(total=a.steps, initial=begin, disable=rank > 0 or not sys.stderr.isatty(),
                unit="step")
     start = since = time.time()
-    sums, lines = torch.zeros(4, device=a.device), begin     # since the last line; its step
+    sums, logged = torch.zeros(4, device=a.device), begin    # since the last line, and its step
     with journal, bar, stop_signals() as stop:
-        if rank == 0 and ckpt and begin % a.eval_every == 0:     # a kill may have cut it off
-            assess(run, log, record)
+        if rank == 0 and ckpt and (begin % a.eval_every == 0 or begin == a.steps):
+            assess(run, log, record)                     # a kill may have cut it off
         for step in range(begin, a.steps):
             kl_weight, lr = kl_weight_at(step, a), lr_at(step, a)
             x0, given = ds.batch(a.batch_size, run.streams["data"])  # every process draws all rows
             noise = draw_noise(*x0.shape, model.block_size, model.latent_dim,
-                               a.objective_steps or None, a.t_min, run.streams["noise"], a.device)
-            terms = optimise(step_fn, run.opt, x0, given, noise, kl_weight, lr, a, rank, world)
-            sums += terms
+                               a.objective_steps, a.t_min, run.streams["noise"], a.device)
+            parts = shares(x0, given, noise, a, rank, world)
+            sums += optimise(step_fn, run.opt, parts, kl_weight, lr, a)
             if run.ema:
                 update_average(run.ema, model, a.ema, step)
             bar.update()
@@ -520,23 +527,23 @@ def train(a, ckpt, rank, world):
             saves, logs = ending or done % a.eval_every == 0, ending or done % a.log_every == 0
             if not (saves or logs or step == begin):
                 continue                                 # nothing is read back from the device
-            loss, recon, kl, norm = (summed(sums, world) / world / (done - lines)).tolist()
+            loss, recon, kl, norm = (summed(sums, world) / world / (done - logged)).tolist()
             if not math.isfinite(loss + norm):
                 kept = (out / "last.pt").exists()
-                log(f"the loss or its gradient is not finite in steps {lines + 1} to {done}; "
+                log(f"the loss or its gradient is not finite in steps {logged + 1} to {done}; "
                     + (f"{out}/last.pt is from before" if kept else "nothing was saved yet")
                     + "; try a lower --lr or a --clip")
                 return 1
             now = time.time()
             run.seconds = spent + now - start
             if logs or step == begin:
-                rate = (done - lines) * a.batch_size * ds.seq_len / (now - since)
-                eta = clock((now - since) / (done - lines) * (a.steps - done))
+                rate = (done - logged) * a.batch_size * ds.seq_len / (now - since)
+                eta = clock((now - since) / (done - logged) * (a.steps - done))
                 log(f"step {done}/{a.steps}  loss {loss:.4f}  recon {recon:.4f}  kl {kl:.3f} x "
                     f"{kl_weight:.2g}  lr {lr:.1e}  grad {norm:.2f}  {rate:,.0f} tok/s  ETA {eta}")
                 record(step=done, loss=loss, recon=recon, kl=kl, kl_weight=kl_weight, lr=lr,
                        grad_norm=norm, tokens_per_second=rate, seconds=run.seconds)
-                sums, lines, since = torch.zeros(4, device=a.device), done, now
+                sums, logged, since = torch.zeros(4, device=a.device), done, now
             if rank == 0 and saves:
                 run.save("last.pt")
                 if not stopped and assess(run, log, record) and not idle:
@@ -544,7 +551,7 @@ def train(a, ckpt, rank, world):
                     log(explain_idle_latent(a, ds))
                 since += time.time() - now               # evaluation does not count as training
             if stopped:
-                log(f"stopped at step {done}; go on with: python train.py --resume --out {out}")
+                log(f"stopped at step {done}; --resume --out {out} goes on")
                 return 130
     if rank == 0:
         report(run, spent + time.time() - start)
