@@ -232,7 +232,7 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
 
     nfe: network evaluations per block, N. Of the M masked tokens of a row's block, floor(M (n-1)/N)
     stay masked after step n = N..1; `remask` (random, prob, margin) says which. A block without any
-    mask costs none, nor does, with one z, a step that unmasks nothing in any row (N > M).
+    mask costs none, nor does a step that unmasks nothing in any row (N > M).
     # differs from the paper: it leaves counts and ties open; here ties go to the left.
     temperature: of the tokens; 0 is argmax, as in the paper. None: `default_temperature`.
     latent: fixed, one z ~ p per block; resample, a new one each step (E.1), given x_t if the prior
@@ -260,31 +260,42 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     return torch.cat(out)
 
 
+def draw_z(model, x, zs, eps, guess=None):
+    """z^b from the prior or, given a guess of x_0, from the encoder -> (B, 1, Z).
+
+    x, guess (B, b r) ids of blocks 1..b; zs (B, b - 1, Z) earlier latents; eps (B, 1, Z).
+    """
+    if guess is None:                                    # no prior reads z^b itself: eps stands there
+        mu, logvar = prior_of(model, x, x, torch.cat([zs, eps], dim=1))
+    else:
+        mu, logvar = model.encode(x, guess)
+    return mu[:, -1:] + (0.5 * logvar[:, -1:]).exp() * eps
+
+
 def _sample(model, x, eps, u, order, nfe, remask, temperature, latent):
     """`sample` for one batch with its noise: eps (B, K, 1 or N, Z), u and order (B, L)."""
-    V, r, zs = model.vocab_size, model.block_size, None
+    V, r = model.vocab_size, model.block_size
     cache = model.new_cache() if hasattr(model, "decode_block") else None
+    zs, z = eps[:, :0, 0], None                          # zs: (B, b, Z), of finished blocks
     counts = (x == V).view(len(x), -1, r).sum(-1).T.tolist()             # all that is read back
-    for b, masks in enumerate(map(set, counts)):         # of block b, the rows' different M
-        end, own = (b + 1) * r, slice(b * r, (b + 1) * r)
-        block, so_far = x[:, own], x[:, :end]            # views: x is filled in place
+    for b, masks in enumerate(counts):                   # masks: M of each row
+        own, guess = slice(b * r, (b + 1) * r), None
+        block, so_far = x[:, own], x[:, : (b + 1) * r]   # views: x is filled in place
+        M = (block == V).sum(1)
         if model.latent_dim:
-            before = eps[:, :0, 0] if zs is None else zs                 # (B, b, Z)
-            zs = torch.cat([before, eps[:, b, :1]], dim=1)               # z^b: any, for the prior
-            zs = with_last(zs, prior_of(model, so_far, so_far, zs), eps[:, b, 0])
-        z, M = None if zs is None else zs[:, -1:], (block == V).sum(1)
-        for i, n in enumerate(range(nfe, 0, -1) if any(masks) else ()):
-            if latent == "fixed" and all(m * n // nfe == m * (n - 1) // nfe for m in masks):
-                continue
+            z = draw_z(model, so_far, zs, eps[:, b, :1])
+        for i, n in enumerate(range(nfe, 0, -1)):
+            if all(m * n // nfe == m * (n - 1) // nfe for m in set(masks)):
+                continue                                 # nothing to unmask in any row
             masked = block == V
             if i and z is not None and latent != "fixed":
-                gaussian = prior_of(model, so_far, so_far, zs) if latent == "resample" else (
-                    model.encode(so_far, guess))
-                new = with_last(zs, gaussian, eps[:, b, i])
-                zs = torch.where(masked.any(1)[:, None, None], new, zs)  # full rows keep theirs
-                z = zs[:, -1:]
-            logits = (model.decode(so_far, so_far, zs)[:, -r:] if cache is None else
-                      model.decode_block(block, z, cache))               # (B, r, V)
+                new = draw_z(model, so_far, zs, eps[:, b, i, None], guess)
+                z = torch.where(masked.any(1)[:, None, None], new, z)    # full rows keep theirs
+            if cache is not None:
+                logits = model.decode_block(block, z, cache)             # (B, r, V)
+            else:
+                known = None if z is None else torch.cat([zs, z], dim=1)
+                logits = model.decode(so_far, so_far, known)[:, own]
             score = order[:, own]
             if remask != "random":
                 score = confidence(logits.double().softmax(-1), remask)
@@ -297,10 +308,6 @@ def _sample(model, x, eps, u, order, nfe, remask, temperature, latent):
                 guess[:, own] = torch.where(block == V, logits.argmax(-1), block)
         if cache is not None:
             cache.push(block.clone(), z)
+        if z is not None:
+            zs = torch.cat([zs, z], dim=1)
     return x
-
-
-def with_last(zs, gaussian, eps):
-    """zs (B, b, Z) whose last latent is drawn anew from mu, logvar (B, b, Z) by eps (B, Z)."""
-    mu, logvar = (a[:, -1] for a in gaussian)
-    return torch.cat([zs[:, :-1], (mu + (0.5 * logvar).exp() * eps)[:, None]], dim=1)
