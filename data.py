@@ -695,15 +695,18 @@ class Sudoku:
                               cell=1 - wrong.double() / blank.sum(1).clamp(min=1))
 
 
-def draw_boards(puzzle, answer, color=False):
+def draw_boards(puzzle, answer, color=False, new=None):
     """Puzzle and answer side by side as text: ' after clues, ! after violations, _ for blanks.
 
-    puzzle, answer (n n,) digits. color: clues also bold, violations red (ANSI).
+    puzzle, answer (n n,) digits. color: clues also bold, violations red (ANSI). new (n n,) bool:
+    the answer is not finished; + after these cells, no mark at blanks, and no verdict.
     """
     n = math.isqrt(len(puzzle))
     h, w = BOXES[n]
     puzzle, answer = np.asarray(puzzle), np.asarray(answer)
     bad = violations(answer[None])[0] | (puzzle != 0) & (answer != puzzle)
+    if new is not None:
+        bad &= answer != 0
 
     def cell(digit, mark=" ", code=None):
         text = f"{digit or '_'}{mark}"
@@ -713,17 +716,25 @@ def draw_boards(puzzle, answer, color=False):
         return "| ".join("".join(cells[j:j + w]) for j in range(i * n, i * n + n, w))
 
     left, right = [], []
-    for clue, digit, wrong in zip(puzzle, answer, bad):
+    for i, (clue, digit) in enumerate(zip(puzzle, answer)):
         left.append(cell(clue, code=1) if clue else cell(0))
-        right.append(cell(digit, "!", 31) if wrong else cell(digit, "'", 1) if clue
-                     else cell(digit))
+        if bad[i]:
+            right.append(cell(digit, "!", 31))
+        elif clue:
+            right.append(cell(digit, "'", 1))
+        elif new is not None and new[i]:
+            right.append(cell(digit, "+", 32))
+        else:
+            right.append(cell(digit))
     rule = "+-".join(["--" * w] * (n // w))
     lines = []
     for i in range(n):
         if i and i % h == 0:
             lines.append(f"{rule}   {rule}")
         lines.append(f"{row(left, i)}   {row(right, i)}")
-    return "\n".join([*lines, f"solved: {'no' if bad.any() else 'yes'}"])
+    if new is None:
+        lines.append(f"solved: {'no' if bad.any() else 'yes'}")
+    return "\n".join(lines)
 
 
 # ---- text

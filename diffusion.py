@@ -11,6 +11,7 @@ A model offers vocab_size V, block_size r, latent_dim Z (0: no latent), and
     decode(xt, x0, z) -> logits (B, L, V)       reads x_t^b, x_0^{<b}, z^{<=b}; z None if Z = 0
     encode(xt, x0) -> mu, logvar (B, K, Z)      q(z^b | x_t^b, x_0^{<=b}); not needed if Z = 0
 It may offer
+    seq_len                                     the longest sequence it reads; else any
     prior(xt, x0, z) -> mu, logvar (B, K, Z)    p(z^b | x_t^b, x_0^{<b}, z^{<b}); else N(0, I)
     prior_reads_z                               true if that prior depends on z^{<b}
     new_cache() -> cache with push(x, z)        finished blocks, x (B, r), z (B, 1, Z) or None
@@ -199,7 +200,7 @@ def active_units(model, x0, threshold=0.01, given=None, batch_size=1000):
 def confidence(probs, remask):
     """Score by which masked positions are unmasked first, highest first (Section 3.3).
 
-    probs (B, r, V) float64 -> (B, r). prob: probability of the most probable value; margin: its
+    probs (B, r, V) -> (B, r). prob: probability of the most probable value; margin: its
     lead over the second.
     """
     top = probs.topk(min(2, probs.shape[-1]), dim=-1).values
@@ -209,15 +210,19 @@ def confidence(probs, remask):
 def draw_tokens(logits, temperature, u):
     """Tokens from softmax(logits / temperature) by inverse CDF in float64; argmax at temperature 0.
 
-    logits (B, r, V), u (B, r) uniform -> (B, r) ids. float32 would lower the effective temperature
-    (Zheng et al. 2025).
+    logits (B, r, V), u (B, r) uniform, float64 -> (B, r) ids. float32 would lower the effective
+    temperature (Zheng et al. 2025). A device without float64 (Apple's mps) leaves this to the CPU.
     """
     if temperature == 0:
         return logits.argmax(-1)
+    home = logits.device
+    work = torch.device("cpu") if home.type == "mps" else home
+    logits, u = logits.to(work), u.to(work)
     logits = logits.double() - logits.amax(-1, keepdim=True)     # no overflow however cold
     cdf = (logits / temperature).softmax(-1).cumsum(-1)
-    u = (u.double() * cdf[..., -1])[..., None]
-    return torch.searchsorted(cdf, u, right=True)[..., 0].clamp(max=logits.shape[-1] - 1)
+    u = (u * cdf[..., -1])[..., None]
+    tokens = torch.searchsorted(cdf, u, right=True)[..., 0]
+    return tokens.clamp(max=logits.shape[-1] - 1).to(home)
 
 
 def default_temperature(model):
@@ -227,7 +232,7 @@ def default_temperature(model):
 
 @torch.no_grad()
 def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", batch_size=None,
-           generator=None):
+           generator=None, on_step=None):
     """Algorithms 2 and 4: fills the masks (id V) of x (B, L) ids -> (B, L). Other tokens stay.
 
     nfe: network evaluations per block, N. Of the M masked tokens of a row's block, floor(M (n-1)/N)
@@ -237,26 +242,44 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     temperature: of the tokens; 0 is argmax, as in the paper. None: `default_temperature`.
     latent: fixed, one z ~ p per block; resample, a new one each step (E.1), given x_t if the prior
     reads it; encoder, after the first step z ~ q(z | x_t, x_0-hat), x_0-hat the argmax (E.4).
-    All noise is drawn before the first batch, from `generator` (on the CPU): the result does not
-    depend on batch_size (at temperature 0, but for rounding in the network). Raises ValueError on
-    an impossible choice.
+    generator: on the CPU. Row i depends on it and on i only, but for rounding in the network: not
+    on B, not on batch_size.
+    on_step(x): is called with the rows of a batch, (b, L), after each evaluation.
+    A block model fills sequences longer than its own seq_len window by window: each begins with
+    the last half of the one before, in whole blocks, whose tokens are given (and whose z, if it is
+    fixed and N(0, I), is the same).
+    Raises ValueError on an impossible choice.
     """
     temperature = default_temperature(model) if temperature is None else temperature
     if remask not in REMASK or latent not in LATENT:
         raise ValueError(f"{remask!r} is not one of {REMASK}, or {latent!r} not one of {LATENT}")
     if not 1 <= nfe <= 10**6 or not 0 <= temperature < math.inf:
         raise ValueError(f"nfe {nfe} must lie in 1..10^6, temperature {temperature} be at least 0")
-    if x.shape[1] % model.block_size:
-        raise ValueError(f"length {x.shape[1]} is no multiple of the block size {model.block_size}")
-    (B, L), K, kw = x.shape, x.shape[1] // model.block_size, dict(generator=generator)
-    eps = torch.randn(B, K, 1 if latent == "fixed" else nfe, model.latent_dim, **kw)
-    u = torch.rand(B, L, dtype=torch.float64, **kw)
-    order = torch.rand(B, L, dtype=torch.float64, **kw)
+    (B, L), r, Z = x.shape, model.block_size, model.latent_dim
+    K, longest = L // r, getattr(model, "seq_len", L)
+    if L % r:
+        raise ValueError(f"length {L} is no multiple of the block size {r}")
+    if L > longest and longest < 2 * r:
+        raise ValueError(f"length {L} is beyond the {longest} tokens that the model was made for, "
+                         "and with one block there is nothing to go on from")
+    draws = 1 if latent == "fixed" else nfe
+    keep = longest // r // 2 * r                         # of a window, at the start of the next
     out = []
-    for rows in torch.arange(B).split(batch_size or max(B, 1)):
-        noise = [a[rows].to(x.device) for a in (eps, u, order)]
-        part = x[rows.to(x.device)].clone()
-        out.append(_sample(model, part, *noise, nfe, remask, temperature, latent))
+    for part in x.split(batch_size or B):
+        part, n = part.clone(), len(part)
+        # float64 uniforms are drawn one by one: those of a row do not depend on the rows behind it
+        noise = torch.rand(n, K, 2 * r + draws * Z, dtype=torch.float64, generator=generator)
+        u, order, eps = noise.split([r, r, draws * Z], dim=2)
+        u, order = u.reshape(n, L), order.reshape(n, L).float().to(x.device)
+        u = u if x.device.type == "mps" else u.to(x.device)      # mps has no float64
+        eps = torch.special.ndtri(eps.clamp(min=1e-300)).float().to(x.device)
+        eps = eps.view(n, K, draws, Z)
+        for first in range(0, max(1, L - keep), longest - keep):
+            own = slice(first, first + longest)
+            blocks = slice(first // r, (first + longest) // r)
+            _sample(model, part[:, own], eps[:, blocks], u[:, own], order[:, own], nfe, remask,
+                    temperature, latent, (lambda: on_step(part)) if on_step else None)
+        out.append(part)
     return torch.cat(out)
 
 
@@ -265,15 +288,15 @@ def draw_z(model, x, zs, eps, guess=None):
 
     x, guess (B, b r) ids of blocks 1..b; zs (B, b - 1, Z) earlier latents; eps (B, 1, Z).
     """
-    if guess is None:                                    # no prior reads z^b itself: eps stands there
+    if guess is None:                                    # eps: a prior of z^b does not read z^b
         mu, logvar = prior_of(model, x, x, torch.cat([zs, eps], dim=1))
     else:
         mu, logvar = model.encode(x, guess)
     return mu[:, -1:] + (0.5 * logvar[:, -1:]).exp() * eps
 
 
-def _sample(model, x, eps, u, order, nfe, remask, temperature, latent):
-    """`sample` for one batch with its noise: eps (B, K, 1 or N, Z), u and order (B, L)."""
+def _sample(model, x, eps, u, order, nfe, remask, temperature, latent, on_step):
+    """Fills x (B, L) in place. Noise: eps (B, K, 1 or N, Z) normal, u and order (B, L) uniform."""
     V, r = model.vocab_size, model.block_size
     cache = model.new_cache() if hasattr(model, "decode_block") else None
     zs, z = eps[:, :0, 0], None                          # zs: (B, b, Z), of finished blocks
@@ -298,11 +321,13 @@ def _sample(model, x, eps, u, order, nfe, remask, temperature, latent):
                 logits = model.decode(so_far, so_far, known)[:, own]
             score = order[:, own]
             if remask != "random":
-                score = confidence(logits.double().softmax(-1), remask)
+                score = confidence(logits.softmax(-1), remask)
             rank = score.masked_fill(~masked, -1).argsort(dim=1, descending=True, stable=True)
             rank = rank.argsort(dim=1)                                   # 0 for the highest score
             reveal = masked & (rank < (M * n // nfe - M * (n - 1) // nfe)[:, None])
             block.copy_(torch.where(reveal, draw_tokens(logits, temperature, u[:, own]), block))
+            if on_step:
+                on_step()
             if latent == "encoder":                      # x_0-hat
                 guess = so_far.clone()
                 guess[:, own] = torch.where(block == V, logits.argmax(-1), block)
@@ -310,4 +335,3 @@ def _sample(model, x, eps, u, order, nfe, remask, temperature, latent):
             cache.push(block.clone(), z)
         if z is not None:
             zs = torch.cat([zs, z], dim=1)
-    return x

@@ -201,7 +201,7 @@ def sample_rows(model, ds, a, judge=None):
         def draw(start):
             return sample(model, start.to(a.device), nfe, remask, temperature,
                           "fixed" if latent == "none" else latent, a.batch_size,
-                          torch.Generator().manual_seed(a.seed)).cpu()
+                          torch.Generator().manual_seed(a.seed + 1)).cpu()
 
         clock, x = time.time(), draw(start)
         first = x if first is None else first
@@ -229,8 +229,8 @@ def one_draw(model, x0, given, bound, steps, a, generator):
 
 def bound_rows(model, ds, a):
     """printed, NELBO_N and IWAE on test data, each {bound, steps, nats, se}; nats per sequence."""
-    g, gd = torch.Generator().manual_seed(a.seed), torch.Generator(a.device).manual_seed(a.seed)
-    x0, given = ds.test(a.bound_num, g)
+    x0, given = ds.test(a.bound_num, torch.Generator().manual_seed(a.seed))
+    g = torch.Generator(a.device).manual_seed(a.seed + 2)    # not the stream that chose the data
     if len(x0) < 2:
         raise ValueError("a standard error needs two test sequences; leave the bounds out with "
                          "--bound-steps and no number")
@@ -242,8 +242,8 @@ def bound_rows(model, ds, a):
         values = []
         for at in torch.arange(len(x0)).split(a.batch_size):
             known = None if given is None else given[at].to(a.device)
-            values.append(one_draw(model, x0[at].to(a.device), known, bound, steps, a, gd))
-        v = torch.cat(values).double()
+            values.append(one_draw(model, x0[at].to(a.device), known, bound, steps, a, g))
+        v = torch.cat(values).cpu().double()
         row = dict(bound=f"iwae_{a.iwae}" if bound == "iwae" else bound, steps=steps or None,
                    nats=v.mean().item(), se=v.std().item() / math.sqrt(len(v)))
         if given is None:                                # else some tokens cost nothing
@@ -321,10 +321,19 @@ def flop_of(run):
     return counter.get_total_flops()
 
 
-def heat_map(truth, generated):
-    """Two (V, V) joint distributions as text, shaded up to the largest true one (Figures 3-5)."""
+def heat_map(truth, generated, encoding="utf-8"):
+    """Two (V, V) joint distributions as text, shaded up to the largest true one (Figures 3-5).
+
+    Where the encoding of the terminal lacks the block characters there are plainer ones.
+    """
+    shades = SHADES
+    try:
+        shades.encode(encoding)
+    except UnicodeEncodeError:
+        shades = " .:+#"
+
     def cell(p):
-        return SHADES[min(len(SHADES) - 1, math.ceil(4 * float(p / truth.max()) - 0.2))] * 2
+        return shades[min(len(shades) - 1, math.ceil(4 * float(p / truth.max()) - 0.2))] * 2
     V = len(truth)
     lines = [f"{'true':^{2 * V}}      {'generated':^{2 * V}}      row: first token, column: second"]
     for i, (t, g) in enumerate(zip(truth, generated)):
@@ -437,7 +446,7 @@ def run(argv):
           f"{a.device}")
     print_results(result, ds)
     if joints:
-        print("\n" + heat_map(*joints))
+        print("\n" + heat_map(*joints, sys.stdout.encoding or "utf-8"))
 
 
 def write_json(path, result):

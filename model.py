@@ -202,7 +202,7 @@ class Cache:
         self.kv = None                                   # (layers, 2, B, H, L, d), filled up to
         self.blocks = 0                                  # this many blocks
         self.pending = []                                # (x, z) of blocks to add at the next call
-        self.condition = None, None                      # the latest z, and the conditioner's output
+        self.condition = None, None                      # the latest z and its conditioning
 
     def push(self, x, z):
         """x (B, r) clean ids of the next block, z (B, 1, Z) or None."""
@@ -323,7 +323,8 @@ class VMD(nn.Module):
     def __init__(self, config):
         super().__init__()
         c = self.config = config
-        self.vocab_size, self.block_size, self.latent_dim = c.vocab_size, c.block_size, c.latent_dim
+        self.vocab_size, self.seq_len = c.vocab_size, c.seq_len
+        self.block_size, self.latent_dim = c.block_size, c.latent_dim
         self.embed = nn.Embedding(c.vocab_size + 1, c.width)
         self.stack = Stack(c.layers, c.width, c.heads, c.block_size)
         self.norm = nn.LayerNorm(c.width, bias=False)

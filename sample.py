@@ -6,9 +6,11 @@
     python sample.py --prompt "the ____ of"            # text
     python sample.py --nfe 10 --remask margin          # Sudoku: solves held-out puzzles
     python sample.py --puzzle puzzles.txt              # or those of a file, or one as a string
+    python sample.py --show-steps                      # a sample as it is unmasked
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +26,8 @@ def build_parser():
     p = data.parser("sample.py", __doc__)
     p.add_argument("--ckpt", default="out/last.pt", help="checkpoint of train.py")
     p.add_argument("--num", type=count,
-                   help="number of samples, of each --puzzle; else 10, with --puzzle 1")
+                   help="number of samples, of each --puzzle; else 10, with --puzzle or "
+                   "--show-steps 1")
     p.add_argument("--nfe", type=count,
                    help="network evaluations per block, N; else 1, Sudoku 10, text 4")
     p.add_argument("--remask", choices=REMASK,
@@ -39,12 +42,15 @@ def build_parser():
     p.add_argument("--blank", default="_", metavar="C",
                    help="the character that stands for a blank in --prompt")
     p.add_argument("--length", type=count,
-                   help="text: tokens to generate, prompt included; else as many as in training")
+                   help="text: tokens to generate, prompt included, with several blocks any "
+                   "number; else as many as in training")
     p.add_argument("--puzzle", metavar="PUZZLE",
                    help="Sudoku: the cells in a row, 0 . _ or * for blanks, or a file of puzzles; "
                    "else held-out puzzles")
     p.add_argument("--clues", type=natural,
                    help="Sudoku: show this many random cells of held-out boards; else as trained")
+    p.add_argument("--show-steps", action="store_true",
+                   help="show the samples as they are unmasked, redrawn in place on a terminal")
     p.add_argument("--batch-size", type=count, default=1000,
                    help="sequences per network evaluation")
     p.add_argument("--seed", type=natural, default=0, help="same seed, same samples")
@@ -80,6 +86,30 @@ def prompted(a, model, vocab):
     return x
 
 
+class Steps:
+    """Shows sequences while they are unmasked, for `on_step` of `sample`."""
+
+    def __init__(self, start, draw):
+        self.before, self.draw, self.number = start, draw, 0
+
+    def __call__(self, x):
+        """x (n, L) ids after an evaluation. draw(x, new) -> text; new (n, L): filled by it."""
+        x, self.number = x.cpu().clone(), self.number + 1
+        if sys.stdout.isatty():
+            print("\033[H\033[J", end="")                # clears the screen
+        print(f"evaluation {self.number}\n{self.draw(x, x != self.before)}\n", flush=True)
+        self.before = x
+
+
+def draw_unfinished(ds, given, x, new):
+    """Sudoku boards as text, newly filled cells marked. x (n, L) ids; given, new (n, L) bool."""
+    filled, out = ds.boards(new.long(), given)[1], []
+    for puzzle, answer, cells in zip(*ds.boards(x, given), filled):
+        board = (puzzle.numpy(), answer.numpy(), sys.stdout.isatty(), cells.numpy() > 0)
+        out.append(data.draw_boards(*board))
+    return "\n\n".join(out)
+
+
 def show_boards(puzzles, answers, path):
     """Writes puzzle,answer lines to `path` unless it is None, then prints the boards."""
     if path:
@@ -96,10 +126,10 @@ def show_boards(puzzles, answers, path):
 def run(argv):
     """Samples, writes, prints. Raises ValueError, FileNotFoundError."""
     a = build_parser().parse_args(argv)
-    a.num = a.num or (1 if a.puzzle else 10)
+    a.num = a.num or (1 if a.puzzle or a.show_steps else 10)
     data.check_output(a.out)
     model, ckpt = load_checkpoint(a.ckpt, usable(a.device))
-    args, vocab, c = ckpt.get("args", {"dataset": "array"}), ckpt.get("vocab"), model.config
+    args, vocab, V = ckpt.get("args", {"dataset": "array"}), ckpt.get("vocab"), model.vocab_size
     sudoku = args["dataset"] == "sudoku"
     kind = data.Sudoku if sudoku else data.Text if vocab else data.Synthetic
     for flag, fits in (("puzzle", sudoku), ("clues", sudoku), ("prompt", not sudoku),
@@ -109,25 +139,27 @@ def run(argv):
                              "trained on")
     if a.puzzle is not None and a.clues is not None:
         raise ValueError("--puzzle and --clues do not go together")
-    if a.length is not None and (a.length > c.seq_len or a.length % c.block_size):
-        raise ValueError(f"--length {a.length} must be a multiple of the block size "
-                         f"{c.block_size}, at most the {c.seq_len} tokens of training")
     if a.temperature is None:
         a.temperature = default_temperature(model) if kind.temperature is None else kind.temperature
     nfe, remask = a.nfe or kind.nfe, a.remask or kind.remask
     if sudoku or args.get("prefix_len") and a.prompt is None:
         x0, given, ds = held_out(a, args, vocab)
-        start = torch.where(given, x0, model.vocab_size)
+        start = torch.where(given, x0, V)
     else:
         start = prompted(a, model, vocab)
-    x = sample(model, start.to(a.device), nfe, remask, a.temperature, a.latent, a.batch_size,
-               torch.Generator().manual_seed(a.seed)).cpu()
+    on_step, batch_size = None, a.batch_size
+    if a.show_steps:
+        draw = partial(draw_unfinished, ds, given) if sudoku else (
+            lambda x, new: data.show(x, V, vocab))
+        on_step, batch_size = Steps(start, draw), len(start)
+    x = sample(model, start.to(a.device), nfe, remask, a.temperature, a.latent, batch_size,
+               torch.Generator().manual_seed(a.seed + 1), on_step).cpu()
     latent = a.latent if model.latent_dim else "none"
     print(f"# {args['dataset']}, step {ckpt.get('step')}, nfe {nfe} per block, remask {remask}, "
           f"temperature {a.temperature:g}, latent {latent}, seed {a.seed}", file=sys.stderr)
     if sudoku:
         return show_boards(*ds.boards(x, given), a.out)
-    text = data.show(x, model.vocab_size, vocab)
+    text = data.show(x, V, vocab)
     if a.out:
         Path(a.out).write_text(text + "\n", encoding="utf-8")
     print(text)

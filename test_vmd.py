@@ -774,15 +774,106 @@ def test_tokens_are_drawn_in_float64_and_from_the_right_distribution():
 
 
 @pytest.mark.parametrize("latent", diffusion.LATENT)
-def test_same_seed_same_sample_at_any_batch_size(latent):
+def test_a_sample_depends_on_the_seed_and_its_number_only(latent):
     m, masks = tiny(6, 2, seed=11), torch.full((9, 6), 3)
     masks[1, :2], masks[2, 2:5], masks[5, 3] = 1, 2, 0        # some tokens and whole blocks given
     for temperature in (0.0, 1.0):
-        runs = [diffusion.sample(m, masks, 2, "random", temperature, latent, size,
-                                 torch.Generator().manual_seed(s))
-                for size, s in ((None, 1), (4, 1), (1, 1), (None, 2))]
-        assert (runs[0] == runs[1]).all() and (runs[0] == runs[2]).all()
-        assert (runs[0] != runs[3]).any()
+        def draw(num=9, size=None, seed=1):
+            return diffusion.sample(m, masks[:num], 2, "random", temperature, latent, size,
+                                    gen(seed))
+        first = draw()
+        assert (first == draw(size=4)).all() and (first == draw(size=1)).all()
+        assert (first[:5] == draw(num=5)).all() and (first[:1] == draw(num=1)).all()
+        assert temperature == 0 or (first != draw(seed=2)).any()
+
+
+def test_the_noise_of_the_sampler_is_normal_and_uniform():
+    eps, model = [], Recorder(2)
+    model.decode_block = lambda x, z, cache: eps.append(z) or torch.zeros(len(x), 2, 5)
+    x = diffusion.sample(model, torch.full((20_000, 4), 5), 1, temperature=1.0, generator=gen(0))
+    z = torch.cat(eps, 1).flatten().sort().values
+    share = (torch.arange(len(z)) + 0.5) / len(z)
+    assert (torch.special.ndtr(z) - share).abs().max() < 0.006           # Kolmogorov and Smirnov
+    assert (torch.bincount(x.flatten()) / x.numel() - 0.2).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_on_step_sees_every_state(size):
+    m, masks, seen = tiny(6, 2), torch.full((5, 6), 3), []
+    plain = diffusion.sample(m, masks, 2, generator=gen(0))
+    x = diffusion.sample(m, masks, 2, batch_size=size, generator=gen(0),
+                         on_step=lambda x: seen.append(x.clone()))
+    assert (x == plain).all()
+    first = seen[:6]                                     # of the first batch: 3 blocks, 2 steps
+    assert len(seen) == 6 * (1 if size is None else 3) and len(first[0]) == (size or 5)
+    assert [(s == 3).sum(1).unique().tolist() for s in first] == [[5], [4], [3], [2], [1], [0]]
+    for before, after in zip(first, first[1:]):
+        assert ((before == after) | (before == 3)).all()
+    assert (first[-1] == x[: len(first[-1])]).all()
+
+
+@pytest.mark.parametrize("Z", [0, 3])
+def test_longer_sequences_are_written_window_by_window(Z):
+    m, masks = tiny(8, 2, Z, V=5), torch.full((4, 20), 5)           # windows of 4 blocks, 2 new
+    long = diffusion.sample(m, masks, 2, temperature=0.0, generator=gen(0))
+    assert long.shape == (4, 20) and (long < 5).all()
+    short = diffusion.sample(m, masks[:1, :8], 2, temperature=0.0, generator=gen(0))
+    assert (long[0, :8] == short).all()                             # the first is unchanged
+    if Z == 0:                                                      # no noise: each is `sample`
+        for first in (4, 8, 12):
+            window = masks[:, :8].clone()
+            window[:, :4] = long[:, first : first + 4]
+            again = diffusion.sample(m, window, 2, temperature=0.0)
+            assert (again == long[:, first : first + 8]).all()
+    else:                                                           # given blocks keep their z
+        caches = []
+
+        class Spy(Cache):
+            def __init__(self):
+                super().__init__()
+                self.zs = []
+                caches.append(self)
+
+            def push(self, x, z):
+                self.zs.append(z)
+                super().push(x, z)
+        m.new_cache = Spy
+        again = diffusion.sample(m, masks, 2, temperature=0.0, generator=gen(0))
+        assert (again == long).all() and len(caches) == 4
+        for old, new in zip(caches, caches[1:]):
+            assert all((a == b).all() for a, b in zip(old.zs[2:], new.zs[:2]))
+    with pytest.raises(ValueError, match="with one block"):
+        diffusion.sample(tiny(8, 8, Z, V=5), masks[:, :16])
+
+
+def test_a_device_without_float64_makes_no_float64_tensor(monkeypatch):
+    """Apple's mps, played by a subclass of Tensor that refuses them."""
+    class OnMps(torch.Tensor):
+        @property
+        def device(self):
+            return torch.device("mps")
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            out = super().__torch_function__(func, types, args, kwargs or {})
+            for y in out if isinstance(out, (tuple, list)) else [out]:
+                assert not isinstance(y, OnMps) or y.dtype != torch.float64, func
+            return out
+    plain = torch.Tensor.to
+
+    def to(self, device, *args, **kw):
+        if device == torch.device("mps"):
+            assert self.dtype != torch.float64
+            return self.as_subclass(OnMps)
+        home = self.as_subclass(torch.Tensor) if device == torch.device("cpu") else self
+        return plain(home, device, *args, **kw)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    model = Recorder(2)
+    decode = model.decode_block
+    model.decode_block = lambda x, z, cache: decode(x, z, cache).as_subclass(OnMps)
+    for remask in diffusion.REMASK:
+        x = diffusion.sample(model, torch.full((9, 4), 5).as_subclass(OnMps), 2, remask, 1.0)
+        assert isinstance(x, OnMps) and (x < 5).all()
 
 
 def test_the_latent_buys_the_joint_in_one_step():
@@ -1175,6 +1266,9 @@ def test_boards_are_drawn_by_hand():
     assert drawn[0] == "1 _ | _ _    1!1!| 3 4 " and drawn[-1] == "solved: no"
     assert drawn[3].endswith("2 1!| 4'3 ") and drawn[4].endswith("4 3 | 2 _!")
     assert "\033[31m" in data.draw_boards(p, x, color=True)
+    last = np.arange(16) == 2                              # unfinished: what is new, no verdict
+    drawn = data.draw_boards(p, np.where(np.arange(16) == 3, 0, s), new=last).splitlines()
+    assert drawn[0] == "1 _ | _ _    1'2 | 3+_ " and len(drawn) == 5
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -1401,8 +1495,11 @@ def test_scores_of_text_samples_by_hand(tmp_path):
 
 
 def test_no_more_blocks_than_the_model_was_made_for():
-    refused("beyond the length 4", diffusion.sample, tiny(L=4, r=2), torch.full((3, 6), 3),
-            latent="resample")
+    m, z = tiny(L=4, r=2), torch.zeros(3, 1, 3)
+    cache = m.new_cache()
+    for _ in range(2):
+        cache.push(torch.zeros(3, 2, dtype=torch.long), z)
+    refused("beyond the length 4", m.decode_block, torch.full((3, 2), 3), z, cache)
 
 
 def test_a_judge_scores_by_the_chain_rule():
@@ -1889,6 +1986,56 @@ def test_text_is_prompted_filled_in_and_judged(trained, monkeypatch, capsys):
     assert "bits/token" in out and "perplexity" in out
 
 
+def test_steps_are_shown(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    assert sampling.main(["--show-steps", "--nfe", "2", "--num", "2"]) == 0
+    states = capsys.readouterr().out.split("\n\n")
+    assert [s.splitlines()[0] for s in states[:2]] == ["evaluation 1", "evaluation 2"]
+    assert all(s.count("_") == n for s, n in zip(states, (2, 0, 0)))
+    assert states[1].splitlines()[1:] == states[2].splitlines()
+    assert sampling.main(["--ckpt", "sud/last.pt", "--show-steps", "--nfe", "3"]) == 0
+    *states, final, count = capsys.readouterr().out.strip().split("\n\n")
+    assert len(states) == 3 and count.endswith("of 1 solved") and "solved: " in final
+    for state in states:                                 # something new, and no verdict yet
+        assert re.search(r"\d[+!]", state) and "solved" not in state
+
+
+def test_text_goes_on_beyond_the_length_of_training(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    assert sampling.main(["--ckpt", "txt/last.pt", "--num", "2", "--length", "40", "--prompt",
+                          "the"]) == 0
+    lines = [s.replace("\\n", "\n") for s in capsys.readouterr().out.splitlines()]
+    assert [len(s) for s in lines] == [40, 40] and all(s.startswith("the") for s in lines)
+
+
+def test_prefixes_of_arrays_are_given(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    flags = ["--dataset", "array", "--data-path", "tokens.npy", "--prefix-len", "2", "--out", "arr"]
+    assert train.main(FAST + flags) == 0
+    assert "held-out samples" in capsys.readouterr().out
+    assert sampling.main(["--ckpt", "arr/last.pt", "--num", "4"]) == 0
+    rows = [list(map(int, s.split())) for s in capsys.readouterr().out.splitlines()]
+    held = data.load("array", data_path="tokens.npy", prefix_len=2).test(9)[0].tolist()
+    assert len(rows) == 4 and all(row[:2] in [h[:2] for h in held] for row in rows)
+    assert sampling.main(["--ckpt", "arr/last.pt", "--num", "1", "--prompt", "3 1 _ _"]) == 0
+    assert capsys.readouterr().out.startswith("3 1 ")
+
+
+def test_any_terminal_gets_the_result_and_a_reader_may_leave(trained):
+    flags = ["--num", "50", "--bound-num", "10", "--json", "ascii.json"]
+    for encoding in ("ascii", "cp1252"):
+        (trained / "ascii.json").unlink(missing_ok=True)
+        done = subprocess.run([sys.executable, str(HERE / "eval.py"), *flags], cwd=trained,
+                              env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True)
+        assert done.returncode == 0 and b"##" in done.stdout and b"?" not in done.stdout
+        assert (trained / "ascii.json").exists()
+    for script in ("sample.py --num 9999", "eval.py --num 50 --bound-num 10",
+                   "train.py --steps 2 --out gone"):
+        command = f"{sys.executable} {HERE}/{script} | true; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", command], cwd=trained, capture_output=True, text=True)
+        assert done.returncode in (0, 141) and "Error" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("flags", [
     "--dataset pairs_nonuniform --conditioning shared",
     "--dataset pairs_strength --strength 0.3",
@@ -2041,6 +2188,7 @@ sample --length 2
 sample --ckpt txt/last.pt --prompt X
 sample --ckpt txt/last.pt --prompt 'the quick brown fox'
 sample --ckpt txt/last.pt --length 3
+sample --ckpt sud/last.pt --length 32
 sample --ckpt sud/last.pt --prompt '1 _'
 sample --ckpt sud/last.pt --clues 16
 sample --ckpt sud/last.pt --clues 3 --puzzle 1...............

@@ -285,7 +285,7 @@ def evaluate(model, ds, a, samples=None):
 
     Nats per sequence. Own seeds: training's random streams are not touched.
     """
-    g, gd = torch.Generator().manual_seed(1), torch.Generator(a.device).manual_seed(1)
+    g, gd = torch.Generator().manual_seed(1), torch.Generator(a.device).manual_seed(2)
     x0, given = ds.valid(min(EVAL_SEQUENCES, max(64, 2**16 // ds.seq_len)), g)
     x0, given = x0.to(a.device), None if given is None else given.to(a.device)
     noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, a.objective_steps, a.t_min,
@@ -536,6 +536,8 @@ def train(a, ckpt, rank, world):
                 return 1
             now = time.time()
             run.seconds = spent + now - start
+            if rank == 0 and saves:                      # before anything is printed
+                run.save("last.pt")
             if logs or step == begin:
                 rate = (done - logged) * a.batch_size * ds.seq_len / (now - since)
                 eta = clock((now - since) / (done - logged) * (a.steps - done))
@@ -544,12 +546,11 @@ def train(a, ckpt, rank, world):
                 record(step=done, loss=loss, recon=recon, kl=kl, kl_weight=kl_weight, lr=lr,
                        grad_norm=norm, tokens_per_second=rate, seconds=run.seconds)
                 sums, logged, since = torch.zeros(4, device=a.device), done, now
-            if rank == 0 and saves:
-                run.save("last.pt")
-                if not stopped and assess(run, log, record) and not idle:
+            if rank == 0 and saves and not stopped:
+                if assess(run, log, record) and not idle:
                     idle = True
                     log(explain_idle_latent(a, ds))
-                since += time.time() - now               # evaluation does not count as training
+            since += time.time() - now                   # none of this counts as training
             if stopped:
                 log(f"stopped at step {done}; --resume --out {out} goes on")
                 return 130
