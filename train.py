@@ -528,7 +528,7 @@ def train(a, ckpt, rank, world):
             if not (saves or logs or step == begin):
                 continue                                 # nothing is read back from the device
             loss, recon, kl, norm = (summed(sums, world) / world / (done - logged)).tolist()
-            if not math.isfinite(loss + norm):
+            if not math.isfinite(loss + recon + kl + norm):
                 kept = (out / "last.pt").exists()
                 log(f"the loss or its gradient is not finite in steps {logged + 1} to {done}; "
                     + (f"{out}/last.pt is from before" if kept else "nothing was saved yet")
