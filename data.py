@@ -1138,6 +1138,8 @@ def encode(text, vocab, vocab_size=None, blank="_"):
     comes first; text8's alphabet: by `to_text8`; else character by character. blank: a character,
     None: there are no blanks. Raises ValueError naming what cannot be mapped.
     """
+    if blank and len(blank) != 1:
+        raise ValueError(f"a blank is one character, not {blank!r}")
     V = vocab_size if vocab is None else len(vocab)
     parts = text.split(blank) if blank else [text]
     if vocab is None:

@@ -90,6 +90,11 @@ def token_nats(logits, x0):
     return nats.view_as(x0)
 
 
+def not_given(x0, given):
+    """Which tokens may be masked: given (L,) or (B, L) bool, or None for all -> (B, L) bool."""
+    return torch.ones_like(x0, dtype=torch.bool) if given is None else ~given.expand(x0.shape)
+
+
 def prior_of(model, xt, x0, z):
     """Mean and log variance of p(z^b), (B, K, Z) each: the model's prior, or N(0, I)."""
     if not hasattr(model, "prior"):
@@ -141,7 +146,7 @@ def objective(model, x0, noise=None, kind="vmd", kl_weight=1.0, given=None):
     (B, L), r, V = x0.shape, model.block_size, model.vocab_size
     if noise is None:
         noise = draw_noise(B, L, r, model.latent_dim, device=x0.device)
-    maskable = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given.expand(B, L)
+    maskable = not_given(x0, given)
     masked = (noise.u < noise.t.repeat_interleave(r, 1)) & maskable      # (B, L)
     hidden = masked if kind == "vmd" else maskable       # what the encoder sees as masked
     active = hidden.view(B, -1, r).any(-1)               # (B, K)
@@ -164,7 +169,7 @@ def iwae(model, x0, steps, samples, given=None, generator=None):
     steps x samples evaluations.
     """
     (B, L), V, r, dev = x0.shape, model.vocab_size, model.block_size, x0.device
-    maskable = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given.expand(B, L)
+    maskable = not_given(x0, given)
     active, all_masked = maskable.view(B, -1, r).any(-1), torch.where(maskable, V, x0)
     log_w = []
     for _ in range(samples):
@@ -188,8 +193,7 @@ def active_units(model, x0, threshold=0.01, given=None, batch_size=1000):
     """
     if not model.latent_dim:
         return torch.zeros(x0.shape[1] // model.block_size, dtype=torch.long)
-    maskable = torch.ones_like(x0, dtype=torch.bool) if given is None else ~given.expand(x0.shape)
-    xt = x0.masked_fill(maskable, model.vocab_size)
+    xt = x0.masked_fill(not_given(x0, given), model.vocab_size)
     added = []
     for part in zip(xt.split(batch_size), x0.split(batch_size)):
         mu = model.encode(*part)[0]
@@ -266,14 +270,8 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     keep = longest // r // 2 * r                         # of a window, at the start of the next
     out = []
     for part in x.split(batch_size or B):
-        part, n = part.clone(), len(part)
-        # float64 uniforms are drawn one by one: those of a row do not depend on the rows behind it
-        noise = torch.rand(n, K, 2 * r + draws * Z, dtype=torch.float64, generator=generator)
-        u, order, eps = noise.split([r, r, draws * Z], dim=2)
-        u, order = u.reshape(n, L), order.reshape(n, L).float().to(x.device)
-        u = u if x.device.type == "mps" else u.to(x.device)      # mps has no float64
-        eps = torch.special.ndtri(eps.clamp(min=1e-300)).float().to(x.device)
-        eps = eps.view(n, K, draws, Z)
+        part = part.clone()
+        eps, u, order = sampler_noise(len(part), K, r, Z, draws, generator, x.device)
         for first in range(0, max(1, L - keep), longest - keep):
             own = slice(first, first + longest)
             blocks = slice(first // r, (first + longest) // r)
@@ -281,6 +279,24 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
                     temperature, latent, (lambda: on_step(part)) if on_step else None)
         out.append(part)
     return torch.cat(out)
+
+
+def sampler_noise(B, K, r, Z, draws, generator, device):
+    """eps (B, K, draws, Z) normal; u and order (B, K r) uniform, u float64 (see `draw_tokens`).
+
+    float64 uniforms are drawn one by one: those of a row do not depend on the rows behind it.
+    """
+    noise = torch.rand(B, K, 2 * r + draws * Z, dtype=torch.float64, generator=generator)
+    u, order, eps = noise.split([r, r, draws * Z], dim=2)
+    eps = torch.special.ndtri(eps.clamp(min=1e-300)).float().view(B, K, draws, Z)
+    u, order = u.reshape(B, K * r), order.reshape(B, K * r).float()
+    u = u if device.type == "mps" else u.to(device)      # mps has no float64
+    return eps.to(device), u, order.to(device)
+
+
+def revealed(masks, n, N):
+    """How many of so many masks step n of N..1 unmasks: floor(M (n-1)/N) are left after it."""
+    return masks * n // N - masks * (n - 1) // N
 
 
 def draw_z(model, x, zs, eps, guess=None):
@@ -308,8 +324,8 @@ def _sample(model, x, eps, u, order, nfe, remask, temperature, latent, on_step):
         if model.latent_dim:
             z = draw_z(model, so_far, zs, eps[:, b, :1])
         for i, n in enumerate(range(nfe, 0, -1)):
-            if all(m * n // nfe == m * (n - 1) // nfe for m in set(masks)):
-                continue                                 # nothing to unmask in any row
+            if not any(revealed(m, n, nfe) for m in set(masks)):
+                continue
             masked = block == V
             if i and z is not None and latent != "fixed":
                 new = draw_z(model, so_far, zs, eps[:, b, i, None], guess)
@@ -324,7 +340,7 @@ def _sample(model, x, eps, u, order, nfe, remask, temperature, latent, on_step):
                 score = confidence(logits.softmax(-1), remask)
             rank = score.masked_fill(~masked, -1).argsort(dim=1, descending=True, stable=True)
             rank = rank.argsort(dim=1)                                   # 0 for the highest score
-            reveal = masked & (rank < (M * n // nfe - M * (n - 1) // nfe)[:, None])
+            reveal = masked & (rank < revealed(M, n, nfe)[:, None])
             block.copy_(torch.where(reveal, draw_tokens(logits, temperature, u[:, own]), block))
             if on_step:
                 on_step()

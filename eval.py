@@ -107,6 +107,9 @@ def load_data(a, model, ckpt):
         options["clues"] = a.clues
     ds = data.load(name, ckpt["vocab"], **options)
     if a.data_path and name == "sudoku":
+        if args["data_path"] and Path(a.data_path).resolve() == Path(args["data_path"]).resolve():
+            raise ValueError(f"most puzzles of {a.data_path} were trained on; without --data-path "
+                             "those held out are scored")
         ds.test_set = torch.from_numpy(data.read_puzzles(a.data_path, ds.grid))
     if (ds.seq_len, ds.vocab_size) != (model.config.seq_len, model.vocab_size):
         raise ValueError(f"the data has L {ds.seq_len}, V {ds.vocab_size}; the checkpoint wants "
@@ -204,6 +207,7 @@ def sample_rows(model, ds, a, judge=None):
                           torch.Generator().manual_seed(a.seed + 1)).cpu()
 
         clock, x = time.time(), draw(start)
+        seconds = time.time() - clock
         first = x if first is None else first
         row = dict(nfe=nfe, remask=remask, temperature=temperature, latent=latent, num=len(x),
                    **ds.metrics(x, x0, given))
@@ -213,7 +217,7 @@ def sample_rows(model, ds, a, judge=None):
         if ds.name == "needle":                          # the first token is given
             masks[:, 0] = x0[:, 0]
             row["cond_acc"] = ds.metrics(draw(masks))["acc"]
-        rows.append(row | dict(seconds=round(time.time() - clock, 2)))
+        rows.append(row | dict(seconds=round(seconds, 2)))
     return rows, first
 
 
@@ -439,14 +443,14 @@ def run(argv):
                   rows=rows, bounds=bounds)
     joints = (ds.true_joint(), ds.joint(x)) if two_tokens else None
     write_json(a.json, result)
-    if a.plot:
-        plot(a.plot, joints, journal)
     where = f" {a.data_path}" if a.data_path else ""
     print(f"{ds.name}{where}, {a.ckpt}, step {ckpt['step']}, {len(x):,} samples, seed {a.seed}, "
           f"{a.device}")
     print_results(result, ds)
     if joints:
         print("\n" + heat_map(*joints, sys.stdout.encoding or "utf-8"))
+    if a.plot:
+        plot(a.plot, joints, journal)
 
 
 def write_json(path, result):

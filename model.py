@@ -50,7 +50,8 @@ class Config:
     prefix_len: int = 0  # tokens at the start that are never masked: gated pooling skips them
 
     def __post_init__(self):
-        least = dict(latent_dim=0, prefix_len=0, encoder_layers=min(1, self.latent_dim))
+        # without a latent there is no encoder
+        least = dict(latent_dim=0, prefix_len=0, encoder_layers=1 if self.latent_dim else 0)
         for f in fields(self):
             value, low = getattr(self, f.name), least.get(f.name, 1)
             if f.type is int and not low <= value <= 10**6:
@@ -118,7 +119,7 @@ class Layer(nn.Module):
         q, k = rotate(qkv[:2], rope)
         y = attend(q, k, qkv[2])                                 # (B, H, S' r, d)
         y = y.transpose(1, 2).reshape(B, -1, r, D)
-        if y.shape[1] < S:
+        if y.shape[1] < S:                                       # an axis of size 1 stays as it is
             h, a1, g2, b2, a2 = (u[:, -y.shape[1]:] for u in (h, a1, g2, b2, a2))
         h = h + a1 * self.out(y)
         return h + a2 * self.mlp(norm(self.norm2, h) * (1 + g2) + b2)
@@ -164,7 +165,7 @@ def two_streams(K, r, layers, device):
         return block, [F.scaled_dot_product_attention] * layers
     of = block.repeat_interleave(r)                      # the block of each token
     clean_len, size = (K - 1) * r, max(1, CHUNK // r) * r
-    clean, noisy = [], []                                # chunks of queries: first, end, mask
+    clean, noisy = [], []                                # chunks of whole blocks: first, end, mask
     for first in range(0, K * r, size):
         end = min(first + size, K * r)
         query = of[first:end, None]
@@ -176,23 +177,23 @@ def two_streams(K, r, layers, device):
             clean_upto = of[:end] <= of[first:end, None]
             clean.append((first, end, clean_upto))
 
-    def last(q, k, v):
-        y, n = [], clean_len                             # noisy tokens stand behind n clean ones
+    def noisy_only(q, k, v):
+        y = []
         for first, end, mask in noisy:
-            keys, values = (torch.cat([u[:, :, : end - r], u[:, :, n + first : n + end]], dim=2)
-                            for u in (k, v))
-            query = q[:, :, n + first : n + end]
-            y.append(F.scaled_dot_product_attention(query, keys, values, mask))
+            own = slice(clean_len + first, clean_len + end)
+            keys = torch.cat([k[:, :, : end - r], k[:, :, own]], dim=2)
+            values = torch.cat([v[:, :, : end - r], v[:, :, own]], dim=2)
+            y.append(F.scaled_dot_product_attention(q[:, :, own], keys, values, mask))
         return torch.cat(y, dim=2)
 
-    def both(q, k, v):
+    def clean_and_noisy(q, k, v):
         y = []
         for first, end, mask in clean:
             y.append(F.scaled_dot_product_attention(q[:, :, first:end], k[:, :, :end],
                                                     v[:, :, :end], mask))
-        return torch.cat([*y, last(q, k, v)], dim=2)
+        return torch.cat([*y, noisy_only(q, k, v)], dim=2)
 
-    return torch.cat([block[:-1], block]), [both] * (layers - 1) + [last]
+    return torch.cat([block[:-1], block]), [clean_and_noisy] * (layers - 1) + [noisy_only]
 
 
 class Cache:
@@ -256,11 +257,10 @@ class Encoder(nn.Module):
         """xt, x0 (B, K, r) ids -> mu, logvar (B, K, Z) float32."""
         K, r = xt.shape[1:]
         h = self.embed_xt(xt)                                    # (B, K, r, D)
-        clean = self.embed_x0(x0 if self.own else x0[:, : K - 1]) if self.embed_x0 else None
         if self.own:
-            h = h + clean
+            h = h + self.embed_x0(x0)
         if K > 1:
-            h = torch.cat([clean[:, : K - 1], h], dim=1)         # (B, 2K - 1, r, D)
+            h = torch.cat([self.embed_x0(x0[:, :-1]), h], dim=1)         # (B, 2K - 1, r, D)
         h = self.stack(h, *two_streams(K, r, len(self.stack.layers), h.device))
         h = norm(self.norm, h)                                   # (B, K, r, D)
         if self.gate is None:
@@ -291,7 +291,7 @@ class BlockPrior(nn.Module):
 
 
 class Conditioner(nn.Module):
-    """The latent pathway of the decoder, run once per block: z -> one vector, its conditioning.
+    """The latent pathway of the decoder, run once per block: z -> its conditioning, one tensor.
 
     adaln (C.1): MLP, then one Linear per layer (held as one matrix); shared (C.2): one Linear for
     all layers; add (C.3): embedded, scaled, added to the token embedding. The MLP is where z is
@@ -302,7 +302,8 @@ class Conditioner(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        D, hidden, self.kind = c.width, c.latent_hidden * c.width, c.conditioning
+        D, hidden = c.width, c.latent_hidden * c.width
+        self.kind = c.conditioning
         self.mlp = nn.Sequential(nn.Linear(c.latent_dim, hidden), nn.SiLU(),
                                  nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, D))
         if self.kind == "add":
@@ -312,9 +313,11 @@ class Conditioner(nn.Module):
             nn.init.normal_(self.mod.weight, std=0.02)
 
     def forward(self, z):
-        """z (B, K, Z) -> (B, K, P): P = D for add, 6 D for shared, 6 D x layers for adaln."""
+        """z (B, K, Z) -> (B, K, D) for add, (B, K, 1, 6, D) for shared, (B, K, layers, 6, D)."""
         e = self.mlp(z)                                          # (B, K, D)
-        return self.scale * e if self.kind == "add" else self.mod(F.silu(e))
+        if self.kind == "add":
+            return self.scale * e
+        return self.mod(F.silu(e)).unflatten(-1, (-1, 6, e.shape[-1]))
 
 
 class VMD(nn.Module):
@@ -393,30 +396,34 @@ class VMD(nn.Module):
             shape = (c.layers, 2, len(x), c.heads, c.seq_len, c.width // c.heads)
             cache.kv = self.embed.weight.new_empty(shape)
         condition = None
-        if z is not None:                                # the latest z comes again: each step, then
-            latest, known = cache.condition              # once more with its finished block
-            conditions = [known if u is latest else self.conditioner(u) for u in zs]
-            cache.condition = z, conditions[-1]
-            condition = torch.cat(conditions, dim=1)
+        if z is not None:
+            condition = torch.cat([self.condition_of(u, cache) for u in zs], dim=1)
         block = torch.arange(cache.blocks, cache.blocks + S, device=x.device)
         attends = cache.attends(S, c.block_size)
         logits = self.logits(torch.stack(xs, dim=1), condition, block, attends)
         cache.blocks, cache.pending = cache.blocks + S - 1, []
         return logits[:, 0]
 
+    def condition_of(self, z, cache):
+        """The conditioner's output; that of the latest z is kept, which each step asks for again,
+        and the step after its block is finished."""
+        if z is not cache.condition[0]:
+            cache.condition = z, self.conditioner(z)
+        return cache.condition[1]
+
     def new_cache(self):
         """An empty Cache for decode_block."""
         return Cache()
 
     def logits(self, x, condition, block, attends):
-        """x (B, S, r) ids, condition (B, S, P) of the Conditioner or None -> (B, S', r, V)."""
+        """x (B, S, r) ids, condition (B, S, ...) of the Conditioner or None -> (B, S', r, V)."""
         h, mods = self.embed(x), None                            # (B, S, r, D)
         if condition is not None and self.conditioner.kind == "add":
             h = h + condition[:, :, None]
         elif condition is not None:
-            mods = condition.view(*condition.shape[:2], 1, -1, 6, h.shape[-1]).unbind(3)
+            mods = condition[:, :, None].unbind(3)               # each (B, S, 1, 6, D)
             if self.conditioner.kind == "shared":
-                mods = mods * len(attends)                       # each (B, S, 1, 6, D)
+                mods = mods * len(attends)
         h = self.stack(h, block, attends, mods)                  # (B, S', r, D)
         return self.head(norm(self.norm, h)).float()
 

@@ -42,8 +42,8 @@ def build_parser():
     p.add_argument("--blank", default="_", metavar="C",
                    help="the character that stands for a blank in --prompt")
     p.add_argument("--length", type=count,
-                   help="text: tokens to generate, prompt included, with several blocks any "
-                   "number; else as many as in training")
+                   help="text: tokens to generate, prompt included, a multiple of the block size; "
+                   "several blocks can go beyond the length of training, the default")
     p.add_argument("--puzzle", metavar="PUZZLE",
                    help="Sudoku: the cells in a row, 0 . _ or * for blanks, or a file of puzzles; "
                    "else held-out puzzles")

@@ -55,6 +55,12 @@ def one_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def quick_evaluation(monkeypatch):
+    monkeypatch.setattr(train, "EVAL_SEQUENCES", 50)
+    monkeypatch.setattr(data.Sudoku, "score_num", 10)
+
+
 def tiny(L=4, r=2, Z=3, V=3, seed=0, **kw):
     """A small random network in which gates, constants and latent weights are far from zero."""
     torch.manual_seed(seed)
@@ -76,8 +82,8 @@ def changed(a, b, r):
 
 # ---- what depends on what
 
-@pytest.mark.parametrize("conditioning", network.CONDITIONING)
-@pytest.mark.parametrize("pooling", network.POOLING)
+@pytest.mark.parametrize("conditioning, pooling", [("adaln", "mean"), ("shared", "gated"),
+                                                   ("add", "mean")])
 @pytest.mark.parametrize("r", [1, 2, 3])
 def test_blocks_depend_only_on_what_eq_7_lets_them(conditioning, pooling, r):
     L, K, V = 6, 6 // r, 3
@@ -138,7 +144,7 @@ def one_sequence(m, xt, x0, z):
         if c.conditioning == "add":
             h, mods = h + mods, None
         else:
-            mods = mods.unflatten(2, (-1, 6, D)).expand(-1, -1, c.layers, -1, -1)
+            mods = mods.expand(-1, -1, c.layers, -1, -1)
     d = D // c.heads
     angle = (torch.arange(L).repeat(2)[:, None] * 10000.0 ** (-torch.arange(0, d, 2) / d))[:, None]
     turn = torch.polar(torch.ones_like(angle), angle)                    # (2 L, 1, d/2)
@@ -578,7 +584,7 @@ def test_kl_weight_multiplies_the_kl_alone():
         objective(m, x0, noise, "elbo")
 
 
-def test_noise_is_antithetic_and_masks_with_probability_t():
+def test_noise_is_stratified_and_masks_with_probability_t():
     for steps in (None, 4):
         n = draw_noise(50, 8, 2, 3, steps, 0.01, torch.Generator().manual_seed(8))
         assert n.t.shape == (50, 4) and n.u.shape == (50, 8) and n.eps.shape == (50, 4, 3)
@@ -651,15 +657,14 @@ class Recorder:
 
 @pytest.mark.parametrize("remask", diffusion.REMASK)
 @pytest.mark.parametrize("latent", diffusion.LATENT)
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_sampler_reveals_floor_counts_in_exactly_n_evaluations(remask, latent, temperature):
+def test_sampler_reveals_floor_counts_in_exactly_n_evaluations(remask, latent):
     L, r, N, V = 14, 7, 5, 5
     x = torch.randint(V, (6, L), generator=torch.Generator().manual_seed(1))
     hidden = torch.zeros(6, L, dtype=torch.bool)
     for i, m in enumerate([7, 6, 5, 3, 1, 0]):        # rows with different M, one with none
         hidden[i, r - m: r], hidden[i, L - m:] = m > 0, m > 0
     model, start = Recorder(r), torch.where(hidden, V, x)
-    out = diffusion.sample(model, start, N, remask, temperature, latent)
+    out = diffusion.sample(model, start, N, remask, 1.0, latent)
     assert len(model.calls) == 2 * N        # N per block, two blocks
     M = torch.tensor([7, 6, 5, 3, 1, 0])
     for b in range(2):
@@ -1523,11 +1528,10 @@ def test_cached_and_uncached_samples_are_the_same(Z, latent, nfe):
     assert (a == b).all() and len(torch.unique(a, dim=0)) > 5
 
 
-@pytest.mark.parametrize("conditioning", ["adaln", "shared", "add"])
 @pytest.mark.parametrize("latent, nfe, want",
                          [("fixed", 2, 4), ("fixed", 1, 4), ("resample", 2, 8)])
-def test_a_latent_is_turned_into_conditioning_once(conditioning, latent, nfe, want):
-    m, calls = tiny(L=8, r=2, conditioning=conditioning), []
+def test_a_latent_is_turned_into_conditioning_once(latent, nfe, want):
+    m, calls = tiny(L=8, r=2), []
     m.conditioner.register_forward_hook(lambda *args: calls.append(args))
     diffusion.sample(m, torch.full((5, 8), 3), nfe, latent=latent)
     assert len(calls) == want                                # 4 blocks, each also as a clean one
@@ -1538,12 +1542,6 @@ def test_a_latent_is_turned_into_conditioning_once(conditioning, latent, nfe, wa
 FAST = ["--steps", "6", "--batch-size", "8", "--layers", "2", "--encoder-layers", "1", "--width",
         "16", "--heads", "2", "--latent-dim", "4", "--ema", "0", "--log-every", "2",
         "--eval-every", "3"]
-
-
-@pytest.fixture(autouse=True)
-def quick_evaluation(monkeypatch):
-    monkeypatch.setattr(train, "EVAL_SEQUENCES", 50)
-    monkeypatch.setattr(data.Sudoku, "score_num", 10)
 
 
 def weights(folder, name="last.pt"):
@@ -1593,8 +1591,7 @@ def test_schedules():
     assert train.lr_at(109, a) == 0.1
 
 
-@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("ema", ["0", "0.9"])
+@pytest.mark.parametrize("ema, signal_name", [("0", "SIGINT"), ("0.9", "SIGTERM")])
 def test_interrupted_and_resumed_training_is_bit_identical(tmp_path, monkeypatch, ema, signal_name):
     flags = FAST + ["--ema", ema, "--dataset", "d1", "--block-size", "2"]
     assert train.main(flags + ["--out", str(tmp_path / "a"), "--log-every", "5", "--eval-every",
@@ -2143,12 +2140,8 @@ def test_benchmark_counts_and_compares(tmp_path, monkeypatch):
 WRONG = """
 train --dataset chess
 train --no-such-flag
-train --steps 1.5
-train --lr nan
-train --clip inf
 train --ema 1
 train --t-min 0
-train --kl-weight 0
 train --kl-ramp 0.6 0.2
 train --block-size 3
 train --width 30
@@ -2163,11 +2156,8 @@ train --resume --out nowhere
 train --resume --lr 0.5
 train --data-path tokens.npy
 train --dataset array
-train --dataset array --data-path none.npy
 train --dataset array --data-path t.txt
-train --dataset array --data-path tokens.npy --vocab-size 2
 train --dataset array --data-path tokens.npy --prefix-len 6
-train --dataset needle --length 7
 train --dataset text --data-path tokens.npy
 train --dataset text --data-path t.txt --length 5000
 train --dataset d1 --puzzles 5
@@ -2184,6 +2174,7 @@ sample --remask best
 sample --out no/such/folder/x
 sample --puzzle 1...............
 sample --length 2
+sample --prompt '3 _' --blank ab
 sample --ckpt txt/last.pt --prompt X
 sample --ckpt txt/last.pt --prompt 'the quick brown fox'
 sample --ckpt txt/last.pt --length 3
@@ -2193,8 +2184,6 @@ sample --ckpt sud/last.pt --clues 16
 sample --ckpt sud/last.pt --clues 3 --puzzle 1...............
 sample --ckpt sud/last.pt --puzzle 1..
 sample --ckpt sud/last.pt --puzzle 5...............
-sample --ckpt sud/last.pt --puzzle 11..............
-sample --ckpt sud/last.pt --puzzle 123...4.........
 eval --ckpt none.pt
 eval --bound-num 1
 eval --iwae 2 --bound-steps 0

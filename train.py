@@ -173,6 +173,13 @@ def parse(argv=None):
         parser.set_defaults(**PRESETS[first.dataset][first.preset])
     a = parser.parse_args(argv)
     a.out = first.out
+    check(a, ckpt)
+    return a, ckpt
+
+
+def check(a, ckpt):
+    """Fills in the defaults that depend on others. Raises ValueError on what does not go together.
+    """
     if a.kl_start is None:
         a.kl_start = a.kl_weight
     a.device = usable(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -193,7 +200,6 @@ def parse(argv=None):
     if ckpt and torch.device(a.device).type != torch.device(ckpt["args"]["device"]).type:
         raise ValueError(f"the run to resume used {ckpt['args']['device']}: its random streams "
                          f"cannot go on on {a.device}")
-    return a, ckpt
 
 
 def kl_weight_at(step, a):
@@ -507,6 +513,7 @@ def train(a, ckpt, rank, world):
     with journal, bar, stop_signals() as stop:
         if rank == 0 and ckpt and (begin % a.eval_every == 0 or begin == a.steps):
             assess(run, log, record)                     # a kill may have cut it off
+            since = time.time()
         for step in range(begin, a.steps):
             kl_weight, lr = kl_weight_at(step, a), lr_at(step, a)
             x0, given = ds.batch(a.batch_size, run.streams["data"])  # every process draws all rows
@@ -524,8 +531,9 @@ def train(a, ckpt, rank, world):
                 stopped = done % 10 == 0 and summed(torch.tensor(len(stop), device=a.device),
                                                     world) > 0
             ending = stopped or done == a.steps
-            saves, logs = ending or done % a.eval_every == 0, ending or done % a.log_every == 0
-            if not (saves or logs or step == begin):
+            saves = ending or done % a.eval_every == 0
+            logs = ending or done % a.log_every == 0 or step == begin
+            if not saves and not logs:
                 continue                                 # nothing is read back from the device
             loss, recon, kl, norm = (summed(sums, world) / world / (done - logged)).tolist()
             if not math.isfinite(loss + recon + kl + norm):
@@ -538,9 +546,9 @@ def train(a, ckpt, rank, world):
             run.seconds = spent + now - start
             if rank == 0 and saves:                      # before anything is printed
                 run.save("last.pt")
-            if logs or step == begin:
+            if logs:
                 rate = (done - logged) * a.batch_size * ds.seq_len / (now - since)
-                eta = clock((now - since) / (done - logged) * (a.steps - done))
+                eta = clock((a.steps - done) * a.batch_size * ds.seq_len / rate)
                 log(f"step {done}/{a.steps}  loss {loss:.4f}  recon {recon:.4f}  kl {kl:.3f} x "
                     f"{kl_weight:.2g}  lr {lr:.1e}  grad {norm:.2f}  {rate:,.0f} tok/s  ETA {eta}")
                 record(step=done, loss=loss, recon=recon, kl=kl, kl_weight=kl_weight, lr=lr,
@@ -554,7 +562,7 @@ def train(a, ckpt, rank, world):
             if stopped:
                 log(f"stopped at step {done}; --resume --out {out} goes on")
                 return 130
-    if rank == 0:
+    if rank == 0 and not stop:
         report(run, spent + time.time() - start)
     return 0
 
@@ -618,4 +626,10 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "WORLD_SIZE" in os.environ:
+        # DDP keeps threads of gloo, which now and then abort an interpreter that shuts down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
