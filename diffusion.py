@@ -14,6 +14,9 @@ It may offer
     seq_len                                     the longest sequence it reads; else any
     prior(xt, x0, z) -> mu, logvar (B, K, Z)    p(z^b | x_t^b, x_0^{<b}, z^{<b}); else N(0, I)
     prior_reads_z                               true if that prior depends on z^{<b}
+    mixture                                     true: p(z^b) is a mixture of Gaussians, with
+    component(pick) -> mu, logvar               those that pick (B, K), uniform, chooses, and
+    log_prior(z) -> (B, K)                      its log density
     new_cache() -> cache with push(x, z)        finished blocks, x (B, r), z (B, 1, Z) or None
     decode_block(x, z, cache) -> (B, r, V)      decode for the block after the cached ones; else
                                                 the sampler decodes all blocks so far anew
@@ -33,19 +36,22 @@ import torch
 import torch.nn.functional as F
 
 REMASK = ("random", "prob", "margin")
-LATENT = ("fixed", "resample", "encoder")
+LATENT = ("fixed", "resample", "encoder", "none")
 
 
 @dataclass
 class Noise:
-    """One draw of all randomness: t (B, K), u (B, L) uniform, eps (B, K, Z) standard normal."""
+    """One draw of all randomness of `objective`."""
 
-    t: torch.Tensor
-    u: torch.Tensor
-    eps: torch.Tensor
+    t: torch.Tensor  # (B, K) times
+    u: torch.Tensor  # (B, L) uniform: tokens below t are masked
+    eps: torch.Tensor  # (B, K, Z) standard normal, of z
+    pick: torch.Tensor | None = None  # (B, K) uniform: the component of a mixture prior
+    drop: torch.Tensor | None = None  # (B, K) uniform: blocks that train without their latent
 
     def __getitem__(self, rows):
-        return Noise(self.t[rows], self.u[rows], self.eps[rows])
+        values = (self.t, self.u, self.eps, self.pick, self.drop)
+        return Noise(*(None if v is None else v[rows] for v in values))
 
 
 def draw_noise(B, L, r, Z, steps=0, t_min=1e-3, generator=None, device="cpu"):
@@ -61,7 +67,8 @@ def draw_noise(B, L, r, Z, steps=0, t_min=1e-3, generator=None, device="cpu"):
         t = (1 - s * (1 - t_min)).clamp(min=t_min)
     else:
         t = ((s * steps).floor() + 1).clamp(max=steps) / steps
-    return Noise(t, torch.rand(B, L, **kw), torch.randn(B, K, Z, **kw))
+    u, eps = torch.rand(B, L, **kw), torch.randn(B, K, Z, **kw)
+    return Noise(t, u, eps, torch.rand(B, K, **kw), torch.rand(B, K, **kw))
 
 
 def gaussian_kl(mu, logvar, prior_mu=None, prior_logvar=None):
@@ -95,33 +102,45 @@ def not_given(x0, given):
     return torch.ones_like(x0, dtype=torch.bool) if given is None else ~given.expand(x0.shape)
 
 
-def prior_of(model, xt, x0, z):
-    """Mean and log variance of p(z^b), (B, K, Z) each: the model's prior, or N(0, I)."""
+def prior_of(model, xt, x0, z, pick):
+    """Mean and log variance of what z^b is drawn from, (B, K, Z) each.
+
+    The model's Gaussian prior, N(0, I) if it has none, or the component of its mixture that pick
+    (B, K), uniform, chooses.
+    """
+    if getattr(model, "mixture", False):
+        return model.component(pick)
     if not hasattr(model, "prior"):
         return torch.zeros_like(z), torch.zeros_like(z)
     return model.prior(xt, x0, z)
 
 
-def draw_latent(model, xt, x0, eps, active):
+def draw_latent(model, xt, x0, eps, pick, active, closed_form=True):
     """z ~ q(z | x_t, x_0) where the block is active, z ~ p elsewhere: there q = p costs no KL.
 
-    eps (B, K, Z) standard normal, active (B, K) -> z (B, K, Z) or None without latents, and mu,
-    logvar of what it was drawn from and of p.
+    eps (B, K, Z) standard normal, pick (B, K) uniform, active (B, K) -> z (B, K, Z), None without
+    latents, and (B, K) nats: KL(q || p), or with closed_form=False, or for a mixture, its estimate
+    log q(z) - log p(z).
     # differs from the paper: q = p where nothing is masked.
     """
-    if not model.latent_dim:                             # eps is (B, K, 0): the KL is 0
-        return None, (eps, eps), (eps, eps)
+    if not model.latent_dim:
+        return None, torch.zeros(active.shape, device=active.device)
     encoded = model.encode(xt, x0)
     z = encoded[0] + (0.5 * encoded[1]).exp() * eps
     chain = getattr(model, "prior_reads_z", False) and not active.all()
     for _ in range(eps.shape[1] if chain else 1):        # later priors read what earlier ones drew
-        p = prior_of(model, xt, x0, z)
+        p = prior_of(model, xt, x0, z, pick)
         q = tuple(torch.where(active[..., None], a, b) for a, b in zip(encoded, p))
         z = q[0] + (0.5 * q[1]).exp() * eps
-    return z, q, p
+    mixture = getattr(model, "mixture", False)
+    if closed_form and not mixture:
+        return z, gaussian_kl(*q, *p)
+    log_p = model.log_prior(z) if mixture else log_normal(z, *p)
+    return z, (log_normal(z, *q) - log_p) * active
 
 
-def objective(model, x0, noise=None, kind="vmd", kl_weight=1.0, given=None):
+def objective(model, x0, noise=None, kind="vmd", kl_weight=1.0, given=None, dropout=0.0,
+              full_mask_share=0.0):
     """One Monte-Carlo draw of an objective. x0 (B, L) ids -> loss, recon, kl, each (B,) nats.
 
     recon and kl are the terms of loss, the weight 1/t included, kl_weight not.
@@ -138,7 +157,11 @@ def objective(model, x0, noise=None, kind="vmd", kl_weight=1.0, given=None):
         numbers per step: they are that sampler at N = 1, and random order is, as N grows.)
     noise: of `draw_noise`; None: drawn here.
     given: (L,) or (B, L) bool, tokens that are never masked; all is then conditional on them. A
-    block with nothing masked takes q = p and pays no KL. A prior that reads x_t (E.3) is read at
+    block with nothing masked takes q = p and pays no KL.
+    dropout: probability that a sequence (first half of the rows), or a block (second half), has no
+    latent: its conditioning is zero and no KL is paid (beyond the paper, Ho & Salimans 2022).
+    full_mask_share: of the rows of "vmd", how many take z from the encoder of the fully masked x_t,
+    as the sampler does (beyond the paper). A prior that reads x_t (E.3) is read at
     t = 1 by nelbo: the bound holds for the sampler that draws z there and keeps it.
     """
     if kind not in ("vmd", "nelbo"):
@@ -149,10 +172,18 @@ def objective(model, x0, noise=None, kind="vmd", kl_weight=1.0, given=None):
     maskable = not_given(x0, given)
     masked = (noise.u < noise.t.repeat_interleave(r, 1)) & maskable      # (B, L)
     hidden = masked if kind == "vmd" else maskable       # what the encoder sees as masked
+    if full_mask_share and kind == "vmd":
+        whole = torch.arange(B, device=x0.device) < full_mask_share * B
+        hidden = torch.where(whole[:, None], maskable, masked)
     active = hidden.view(B, -1, r).any(-1)               # (B, K)
-    z, q, p = draw_latent(model, x0.masked_fill(hidden, V), x0, noise.eps, active)
-    kl = gaussian_kl(*q, *p)                             # (B, K)
-    logits = model.decode(x0.masked_fill(masked, V), x0, z)
+    z, kl = draw_latent(model, x0.masked_fill(hidden, V), x0, noise.eps, noise.pick, active)
+    xt = x0.masked_fill(masked, V)
+    if dropout and z is not None:
+        keep = noise.drop >= dropout
+        keep = torch.cat([keep[: B // 2, :1].expand(-1, keep.shape[1]), keep[B // 2 :]])
+        logits, kl = model.decode(xt, x0, z, keep), kl * keep
+    else:
+        logits = model.decode(xt, x0, z)
     ce = (token_nats(logits, x0) * masked).view(B, -1, r).sum(-1)        # (B, K)
     recon = (ce / noise.t).sum(1)
     kl = (kl / noise.t if kind == "vmd" else kl).sum(1)
@@ -174,8 +205,9 @@ def iwae(model, x0, steps, samples, given=None, generator=None):
     log_w = []
     for _ in range(samples):
         eps = torch.randn(B, L // r, model.latent_dim, generator=generator, device=dev)
-        z, q, p = draw_latent(model, all_masked, x0, eps, active)
-        lw = 0.0 if z is None else (log_normal(z, *p) - log_normal(z, *q)).sum(1)
+        pick = torch.rand(B, L // r, generator=generator, device=dev)
+        z, cost = draw_latent(model, all_masked, x0, eps, pick, active, closed_form=False)
+        lw = -cost.sum(1)
         reveal = torch.randint(1, steps + 1, (B, L), generator=generator, device=dev)
         for n in range(steps, 0, -1):
             logits = model.decode(torch.where((reveal <= n) & maskable, V, x0), x0, z)
@@ -197,7 +229,8 @@ def active_units(model, x0, threshold=0.01, given=None, batch_size=1000):
     added = []
     for part in zip(xt.split(batch_size), x0.split(batch_size)):
         mu = model.encode(*part)[0]
-        added.append(mu - prior_of(model, *part, mu)[0])         # (n, K, Z)
+        prior = torch.zeros_like(mu) if not hasattr(model, "prior") else model.prior(*part, mu)[0]
+        added.append(mu - prior)                         # (n, K, Z)
     return (torch.cat(added).var(dim=0, correction=0) > threshold).sum(-1)
 
 
@@ -229,14 +262,14 @@ def draw_tokens(logits, temperature, u):
     return tokens.clamp(max=logits.shape[-1] - 1).to(home)
 
 
-def default_temperature(model):
+def default_temperature(model, latent="fixed"):
     """0, the argmax of the algorithms, with a latent; 1 without, where z gives no variety."""
-    return 0.0 if model.latent_dim else 1.0
+    return 0.0 if model.latent_dim and latent != "none" else 1.0
 
 
 @torch.no_grad()
 def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", batch_size=None,
-           generator=None, on_step=None):
+           generator=None, on_step=None, latent_draws=1):
     """Algorithms 2 and 4: fills the masks (id V) of x (B, L) ids -> (B, L). Other tokens stay.
 
     nfe: network evaluations per block, N. Of the M masked tokens of a row's block, floor(M (n-1)/N)
@@ -245,7 +278,9 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     # differs from the paper: it leaves counts and ties open; here ties go to the left.
     temperature: of the tokens; 0 is argmax, as in the paper. None: `default_temperature`.
     latent: fixed, one z ~ p per block; resample, a new one each step (E.1), given x_t if the prior
-    reads it; encoder, after the first step z ~ q(z | x_t, x_0-hat), x_0-hat the argmax (E.4).
+    reads it; encoder, after the first step z ~ q(z | x_t, x_0-hat), x_0-hat the argmax (E.4); none,
+    no latent (of a model trained with dropout).
+    latent_draws: R; in rows with given tokens in a block z^b ~ p(z^b | given), see `choose_z`.
     generator: on the CPU. Row i depends on it and on i only, but for rounding in the network: not
     on B, not on batch_size.
     on_step(x): is called with the rows of a batch, (b, L), after each evaluation.
@@ -254,44 +289,46 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     fixed and N(0, I), is the same).
     Raises ValueError on an impossible choice.
     """
-    temperature = default_temperature(model) if temperature is None else temperature
+    temperature = default_temperature(model, latent) if temperature is None else temperature
     if remask not in REMASK or latent not in LATENT:
         raise ValueError(f"{remask!r} is not one of {REMASK}, or {latent!r} not one of {LATENT}")
     if not 1 <= nfe <= 10**6 or not 0 <= temperature < math.inf:
         raise ValueError(f"nfe {nfe} must lie in 1..10^6, temperature {temperature} be at least 0")
-    (B, L), r, Z = x.shape, model.block_size, model.latent_dim
+    (B, L), r, Z = x.shape, model.block_size, 0 if latent == "none" else model.latent_dim
     K, longest = L // r, getattr(model, "seq_len", L)
     if L % r:
         raise ValueError(f"length {L} is no multiple of the block size {r}")
     if L > longest and longest < 2 * r:
         raise ValueError(f"length {L} is beyond the {longest} tokens that the model was made for, "
                          "and with one block there is nothing to go on from")
-    draws = 1 if latent == "fixed" else nfe
+    draws = (1 if latent in ("fixed", "none") else nfe) + latent_draws - 1
     keep = longest // r // 2 * r                         # of a window, at the start of the next
     out = []
     for part in x.split(batch_size or B):
         part = part.clone()
-        eps, u, order = sampler_noise(len(part), K, r, Z, draws, generator, x.device)
+        eps, picks, u, order = sampler_noise(len(part), K, r, Z, draws, generator, x.device)
         for first in range(0, max(1, L - keep), longest - keep):
             own = slice(first, first + longest)
             blocks = slice(first // r, (first + longest) // r)
-            _sample(model, part[:, own], eps[:, blocks], u[:, own], order[:, own], nfe, remask,
-                    temperature, latent, (lambda: on_step(part)) if on_step else None)
+            _sample(model, part[:, own], eps[:, blocks], picks[:, blocks], u[:, own], order[:, own],
+                    nfe, remask, temperature, latent, latent_draws,
+                    (lambda: on_step(part)) if on_step else None)
         out.append(part)
     return torch.cat(out)
 
 
 def sampler_noise(B, K, r, Z, draws, generator, device):
-    """eps (B, K, draws, Z) normal; u and order (B, K r) uniform, u float64 (see `draw_tokens`).
+    """eps (B, K, draws, Z) normal; uniform: picks (B, K, draws), u and order (B, K r).
 
-    float64 uniforms are drawn one by one: those of a row do not depend on the rows behind it.
+    float64 uniforms are drawn one by one: those of a row do not depend on the rows behind it. u
+    stays float64, see `draw_tokens`.
     """
-    noise = torch.rand(B, K, 2 * r + draws * Z, dtype=torch.float64, generator=generator)
-    u, order, eps = noise.split([r, r, draws * Z], dim=2)
+    noise = torch.rand(B, K, 2 * r + draws * (Z + 1), dtype=torch.float64, generator=generator)
+    u, order, picks, eps = noise.split([r, r, draws, draws * Z], dim=2)
     eps = torch.special.ndtri(eps.clamp(min=1e-300)).float().view(B, K, draws, Z)
     u, order = u.reshape(B, K * r), order.reshape(B, K * r).float()
     u = u if device.type == "mps" else u.to(device)      # mps has no float64
-    return eps.to(device), u, order.to(device)
+    return eps.to(device), picks.float().to(device), u, order.to(device)
 
 
 def revealed(masks, n, N):
@@ -299,20 +336,42 @@ def revealed(masks, n, N):
     return masks * n // N - masks * (n - 1) // N
 
 
-def draw_z(model, x, zs, eps, guess=None):
+def draw_z(model, x, zs, eps, pick, guess=None):
     """z^b from the prior or, given a guess of x_0, from the encoder -> (B, 1, Z).
 
-    x, guess (B, b r) ids of blocks 1..b; zs (B, b - 1, Z) earlier latents; eps (B, 1, Z).
+    x, guess (B, b r) ids of blocks 1..b; zs (B, b - 1, Z) earlier latents; eps (B, 1, Z), pick
+    (B, 1) noise.
     """
     if guess is None:                                    # eps: a prior of z^b does not read z^b
-        mu, logvar = prior_of(model, x, x, torch.cat([zs, eps], dim=1))
+        mu, logvar = prior_of(model, x, x, torch.cat([zs, eps], dim=1), pick)
     else:
         mu, logvar = model.encode(x, guess)
     return mu[:, -1:] + (0.5 * logvar[:, -1:]).exp() * eps
 
 
-def _sample(model, x, eps, u, order, nfe, remask, temperature, latent, on_step):
-    """Fills x (B, L) in place. Noise: eps (B, K, 1 or N, Z) normal, u and order (B, L) uniform."""
+def choose_z(model, x, zs, candidates, pick):
+    """One of R latents of block b, by sampling importance resampling (Rubin 1988) -> (n, 1, Z).
+
+    It is kept in proportion to the probability of the block's given tokens, each read off the fully
+    masked block: R draws of p(z^b) so become one of p(z^b | given). x (n, b r) ids, zs (n, b - 1,
+    Z), candidates (n, R, Z), pick (n,) uniform. One evaluation. Beyond the paper.
+    """
+    (n, R, Z), r, V = candidates.shape, model.block_size, model.vocab_size
+    block = x[:, -r:].repeat_interleave(R, 0)            # (n R, r)
+    hidden = x.repeat_interleave(R, 0)
+    hidden[:, -r:] = V
+    latents = torch.cat([zs.repeat_interleave(R, 0), candidates.view(n * R, 1, Z)], dim=1)
+    logits = model.decode(hidden, hidden, latents)[:, -r:]
+    nats = token_nats(logits, block.clamp(max=V - 1)) * (block < V)
+    cdf = (-nats.sum(1)).view(n, R).softmax(1).cumsum(1)
+    chosen = torch.searchsorted(cdf, pick[:, None] * cdf[:, -1:], right=True).clamp(max=R - 1)
+    return candidates.gather(1, chosen[..., None].expand(-1, -1, Z))
+
+
+def _sample(model, x, eps, picks, u, order, nfe, remask, temperature, latent, latent_draws,
+            on_step):
+    """Fills x (B, L) in place. Noise as in `sampler_noise`; of its draws the first latent_draws are
+    candidates for the first z of a block."""
     V, r = model.vocab_size, model.block_size
     cache = model.new_cache() if hasattr(model, "decode_block") else None
     zs, z = eps[:, :0, 0], None                          # zs: (B, b, Z), of finished blocks
@@ -321,14 +380,25 @@ def _sample(model, x, eps, u, order, nfe, remask, temperature, latent, on_step):
         own, guess = slice(b * r, (b + 1) * r), None
         block, so_far = x[:, own], x[:, : (b + 1) * r]   # views: x is filled in place
         M = (block == V).sum(1)
-        if model.latent_dim:
-            z = draw_z(model, so_far, zs, eps[:, b, :1])
+        R, Z = latent_draws, eps.shape[-1]
+        if Z:
+            z = draw_z(model, so_far, zs, eps[:, b, :1], picks[:, b, :1])
+        rows = ((M > 0) & (M < r)).nonzero()[:, 0] if Z and R > 1 else ()
+        if len(rows):                                    # z must suit the given tokens
+            candidates = [z[rows]]
+            for i in range(1, R):
+                candidates.append(draw_z(model, so_far[rows], zs[rows], eps[rows, b, i, None],
+                                         picks[rows, b, i, None]))
+            z = z.clone()
+            z[rows] = choose_z(model, so_far[rows], zs[rows], torch.cat(candidates, 1),
+                               order[rows, own.start])
         for i, n in enumerate(range(nfe, 0, -1)):
             if not any(revealed(m, n, nfe) for m in set(masks)):
                 continue
             masked = block == V
             if i and z is not None and latent != "fixed":
-                new = draw_z(model, so_far, zs, eps[:, b, i, None], guess)
+                new = draw_z(model, so_far, zs, eps[:, b, R - 1 + i, None],
+                             picks[:, b, R - 1 + i, None], guess)
                 z = torch.where(masked.any(1)[:, None, None], new, z)    # full rows keep theirs
             if cache is not None:
                 logits = model.decode_block(block, z, cache)             # (B, r, V)

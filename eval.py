@@ -52,7 +52,9 @@ def build_parser():
     g.add_argument("--remask", nargs="+", choices=REMASK,
                    help="which tokens are unmasked first; else prob, text random, Sudoku margin")
     g.add_argument("--latent", nargs="+", choices=LATENT, default=["fixed"],
-                   help="fixed, resampled (E.1), or from the encoder (E.4)")
+                   help="fixed, resampled (E.1), from the encoder (E.4), or none")
+    g.add_argument("--latent-draws", type=count, default=1, metavar="R",
+                   help="draws of z for a block with given tokens, of which they choose one")
     g.add_argument("--temperature", type=number, nargs="+",
                    help="of the tokens, 0: argmax; else 0 with a latent, 1 without and for text; "
                    "Sudoku without a latent 1 0")
@@ -204,7 +206,8 @@ def sample_rows(model, ds, a, judge=None):
         def draw(start):
             return sample(model, start.to(a.device), nfe, remask, temperature,
                           "fixed" if latent == "none" else latent, a.batch_size,
-                          torch.Generator().manual_seed(a.seed + 1)).cpu()
+                          torch.Generator().manual_seed(a.seed + 1), None,
+                          a.latent_draws).cpu()
 
         clock, x = time.time(), draw(start)
         seconds = time.time() - clock
@@ -421,6 +424,8 @@ def run(argv):
     if a.iwae and not any(a.bound_steps):
         raise ValueError("--iwae needs a finite --bound-steps, N above 0")
     model, ckpt = load_checkpoint(a.ckpt, a.device)
+    if a.latent == ["none"]:
+        model.latent_dim = 0                             # bounds and defaults without z, too
     start, ds = time.time(), load_data(a, model, ckpt)
     fill_defaults(a, model, ds)
     two_tokens = ds.seq_len == 2 and ds.entropy is not None

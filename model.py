@@ -13,6 +13,7 @@ t runs from 0 (clean) to 1 (all masked). latent_dim = 0 is the baseline without 
 block), BD3-LM (several), autoregressive (r = 1).
 """
 
+import math
 import os
 from dataclasses import dataclass, fields
 from functools import partial
@@ -23,7 +24,8 @@ from torch import nn
 
 CONDITIONING = ("adaln", "shared", "add")
 POOLING = ("mean", "gated")
-PRIOR = ("standard", "block", "noised")
+PRIOR = ("standard", "block", "noised", "aggregate")
+AGGREGATE_FLOOR = 0.05  # share of N(0, I) in the aggregate prior
 LOGVAR_RANGE = (-12.0, 8.0)  # clamp: sigma from e^-6 to e^4
 # differs from the paper: sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
 LOGVAR_INIT = -4.0
@@ -46,7 +48,9 @@ class Config:
     latent_hidden: int = 4  # width of the hidden layers of z's MLP, in units of D
     conditioning: str = "adaln"  # how z enters the decoder: adaln (C.1), shared (C.2), add (C.3)
     pooling: str = "mean"  # how the encoder summarises a block: mean (C.1) or gated (C.2)
-    prior: str = "standard"  # N(0, I); block p(z^b | z^{<b}) (E.2); noised p(z^b | x_t^b, x_0^{<b})
+    # N(0, I); block p(z^b | z^{<b}) (E.2); noised p(z^b | x_t^b, x_0^{<b}) (E.3); aggregate
+    prior: str = "standard"
+    bank: int = 4096  # posteriors of the aggregate prior
     prefix_len: int = 0  # tokens at the start that are never masked: gated pooling skips them
 
     def __post_init__(self):
@@ -335,7 +339,9 @@ class VMD(nn.Module):
         self.encoder = Encoder(c) if c.latent_dim else None
         self.conditioner = Conditioner(c) if c.latent_dim else None
         self.prior_reads_z, self.prior_net = c.prior == "block", None
-        if c.latent_dim and c.prior != "standard":
+        if c.latent_dim and c.prior == "aggregate":      # means and log variances; zeros: N(0, I)
+            self.register_buffer("bank", torch.zeros(2, c.bank, c.latent_dim))
+        elif c.latent_dim and c.prior != "standard":
             self.prior_net = BlockPrior(c) if self.prior_reads_z else Encoder(c, own=False)
 
     def param_counts(self):
@@ -358,7 +364,7 @@ class VMD(nn.Module):
     def prior(self, xt, x0, z):
         """p(z^b) = N(0, I), p(z^b | z^{<b}) or p(z^b | x_t^b, x_0^{<b}), by config.prior.
 
-        xt, x0 (B, L), z (B, K, Z) -> mu, logvar (B, K, Z).
+        xt, x0 (B, L), z (B, K, Z) -> mu, logvar (B, K, Z). (aggregate: N(0, I), that of training.)
         """
         if self.prior_net is None:
             return torch.zeros_like(z), torch.zeros_like(z)
@@ -366,14 +372,43 @@ class VMD(nn.Module):
             return self.prior_net(z)
         return self.prior_net(self.blocks(xt), self.blocks(x0))
 
-    def decode(self, xt, x0, z):
+    @property
+    def mixture(self):
+        """Whether p(z) is the aggregate of training posteriors. Training is against N(0, I)."""
+        return self.config.prior == "aggregate" and self.latent_dim > 0 and not self.training
+
+    def component(self, pick):
+        """The Gaussian of the aggregate prior that pick (B, K), uniform, chooses -> mu, logvar.
+
+        p(z) = (1 - e) mean_j q(z | all masked, x_0^j) + e N(0, I), over the bank's training
+        sequences j (Tomczak & Welling 2018), e = AGGREGATE_FLOOR. Beyond the paper.
+        """
+        S, e = self.bank.shape[1], AGGREGATE_FLOOR
+        j = ((pick - e) / (1 - e) * S).long().clamp(0, S - 1)
+        return tuple(torch.where(pick[..., None] < e, 0.0, v[j]) for v in self.bank)
+
+    def log_prior(self, z):
+        """log p(z) of the aggregate prior, in nats: z (B, K, Z) -> (B, K)."""
+        (mu, logvar), e = self.bank, AGGREGATE_FLOOR
+        floor = -0.5 * (z**2 + math.log(2 * math.pi)).sum(-1) + math.log(e)
+        out = []
+        for part in z.flatten(0, 1).split(64):           # (64, S, Z) at a time
+            square = (part[:, None] - mu) ** 2 * (-logvar).exp()
+            log_q = -0.5 * (square + logvar + math.log(2 * math.pi)).sum(-1)
+            out.append(log_q.logsumexp(1) + math.log((1 - e) / len(mu)))
+        return torch.logaddexp(torch.cat(out).view(z.shape[:2]), floor)
+
+    def decode(self, xt, x0, z, keep=None):
         """Training form, all blocks at once -> logits (B, L, V) float32.
 
-        xt, x0 (B, L) ids, z (B, K, Z) or None. Block b reads x_t^b, x_0^{<b} and z^{<=b}.
+        xt, x0 (B, L) ids, z (B, K, Z) or None. Block b reads x_t^b, x_0^{<b} and z^{<=b}. keep
+        (B, K) bool: blocks whose latent is dropped have zero conditioning.
         # differs from the paper: it prints x_0^{<=b} for the decoder, which would give b away.
         """
         x = self.blocks(xt)                                      # (B, K, r)
         K, condition = x.shape[1], None if z is None else self.conditioner(z)
+        if keep is not None:
+            condition = condition * keep.view(*keep.shape, *[1] * (condition.dim() - 2))
         if K > 1:                                                # 2K - 1 blocks, clean ones first
             x = torch.cat([self.blocks(x0)[:, :-1], x], dim=1)
             condition = None if z is None else torch.cat([condition[:, :-1], condition], dim=1)

@@ -36,7 +36,10 @@ def build_parser():
     p.add_argument("--temperature", type=number,
                    help="of the tokens, 0: argmax; else 0 with a latent, 1 without and for text")
     p.add_argument("--latent", choices=LATENT, default="fixed",
-                   help="one z per block, a new one each step (E.1), or from the encoder (E.4)")
+                   help="one z per block, a new one each step (E.1), from the encoder (E.4), or "
+                   "none")
+    p.add_argument("--latent-draws", type=count, default=1, metavar="R",
+                   help="draws of z for a block with given tokens, of which they choose one")
     p.add_argument("--prompt", metavar="TOKENS",
                    help='how every sample begins, with blanks to fill in: "3 _", "the ____ of"')
     p.add_argument("--blank", default="_", metavar="C",
@@ -140,7 +143,9 @@ def run(argv):
     if a.puzzle is not None and a.clues is not None:
         raise ValueError("--puzzle and --clues do not go together")
     if a.temperature is None:
-        a.temperature = default_temperature(model) if kind.temperature is None else kind.temperature
+        a.temperature = kind.temperature
+    if a.temperature is None:
+        a.temperature = default_temperature(model, a.latent)
     nfe, remask = a.nfe or kind.nfe, a.remask or kind.remask
     if sudoku or args.get("prefix_len") and a.prompt is None:
         x0, given, ds = held_out(a, args, vocab)
@@ -153,7 +158,7 @@ def run(argv):
             lambda x, new: data.show(x, V, vocab))
         on_step, batch_size = Steps(start, draw), len(start)
     x = sample(model, start.to(a.device), nfe, remask, a.temperature, a.latent, batch_size,
-               torch.Generator().manual_seed(a.seed + 1), on_step).cpu()
+               torch.Generator().manual_seed(a.seed + 1), on_step, a.latent_draws).cpu()
     latent = a.latent if model.latent_dim else "none"
     print(f"# {args['dataset']}, step {ckpt.get('step')}, nfe {nfe} per block, remask {remask}, "
           f"temperature {a.temperature:g}, latent {latent}, seed {a.seed}", file=sys.stderr)

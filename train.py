@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 import data
 from data import count, natural, number, positive, share
-from diffusion import active_units, default_temperature, draw_noise, objective, sample
+from diffusion import (active_units, default_temperature, draw_noise, not_given, objective,
+                       sample)
 from model import (CHECKPOINT_VERSION, CONDITIONING, PRIOR, VMD, Config, load_checkpoint, one_line,
                    usable)
 
@@ -61,7 +62,8 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
         latent_dim=(32, natural, "Z per block; 0: the baseline without latents"),
         conditioning=("adaln", CONDITIONING, "how z enters the decoder (C.1, C.2, C.3)"),
         prior=("standard", PRIOR, "of z^b: N(0, I), p(z^b | z^{<b}) (E.2), p(z^b | x_t^b, "
-               "x_0^{<b}) (E.3)")),
+               "x_0^{<b}) (E.3); aggregate: of the training posteriors"),
+        bank=(4096, count, "--prior aggregate: how many of them are kept")),
     "objective": dict(
         objective=("vmd", ("vmd", "nelbo"), "vmd: Eqs. 6, 8; nelbo: a likelihood bound"),
         objective_steps=(0, natural, "N: t from {1/N, ..., 1}, as the N-step sampler has it; 0: t "
@@ -70,6 +72,10 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
         kl_weight=(1.3, positive, "weight of the KL at the end of its geometric ramp"),
         kl_start=(1e-3, positive, "weight before the ramp; constant where it equals --kl-weight"),
         kl_ramp=([0.05, 0.4], share, "FROM TO, the ramp, as shares of the run")),
+    "beyond the paper": dict(
+        latent_dropout=(0.0, share, "probability that a sequence, or a block, trains without z"),
+        full_mask_share=(0.0, share, "vmd: share of rows whose z comes from the encoder of the "
+                         "fully masked x_t, as in sampling")),
     "optimisation": dict(
         steps=(3000, count, "AdamW steps"),
         batch_size=(512, count, "sequences per step, over all processes"),
@@ -131,7 +137,7 @@ PRESETS = {name: {"small": NO_FLAG | SMALL.get(name, {}),   # what differs from 
                   "paper": NO_FLAG | PAPER | PAPER_DATA.get(name, {})} for name in data.DATASETS}
 
 NETWORK = ("width", "heads", "layers", "encoder_layers", "latent_dim", "latent_hidden",
-           "conditioning", "pooling", "prior")           # settings that are fields of Config
+           "conditioning", "pooling", "prior", "bank")   # settings that are fields of Config
 LATENT_PARTS = ("encoder.", "conditioner.", "prior_net.")  # parameters that the baseline lacks
 FREE_ON_RESUME = {"resume", "out", "data_path", "data_dir", "device", "compile", "log_every",
                   "eval_every", "grad_accum"}
@@ -222,19 +228,21 @@ def lr_at(step, a):
 class Step(nn.Module):
     """The objective as a module, so that DDP and torch.compile can wrap it."""
 
-    def __init__(self, model, kind):
+    def __init__(self, model, a):
         super().__init__()
-        self.model, self.kind = model, kind
+        self.model, self.a = model, a
 
     def forward(self, x0, given, noise, kl_weight):
         """-> nats per token (to minimise), and detached loss, recon, kl in nats per sequence."""
-        terms = [v.mean() for v in objective(self.model, x0, noise, self.kind, kl_weight, given)]
+        terms = objective(self.model, x0, noise, self.a.objective, kl_weight, given,
+                          self.a.latent_dropout, self.a.full_mask_share)
+        terms = [v.mean() for v in terms]
         return terms[0] / x0.shape[1], torch.stack(terms).detach()
 
 
 def wrap(model, a, world):
     """The objective of the model as one callable, under DDP and torch.compile where asked for."""
-    step_fn = Step(model, a.objective)
+    step_fn = Step(model, a)
     if a.compile:
         step_fn.compile()
     if world > 1:
@@ -289,7 +297,7 @@ def update_average(ema, model, decay, step):
 def evaluate(model, ds, a, samples=None):
     """Validation loss at the final KL weight, active latent units, scores of samples (sampled_...).
 
-    Nats per sequence. Own seeds: training's random streams are not touched.
+    Nats per sequence. Own seeds: training's random streams are not touched. model: in eval mode.
     """
     g, gd = torch.Generator().manual_seed(1), torch.Generator(a.device).manual_seed(2)
     x0, given = ds.valid(min(EVAL_SEQUENCES, max(64, 2**16 // ds.seq_len)), g)
@@ -404,6 +412,17 @@ def take_decoder(model, path, vocab):
                           strict=False)
 
 
+@torch.no_grad()
+def fill_bank(model, ds, a):
+    """Puts posteriors of training sequences, all masked, into the bank of --prior aggregate."""
+    S, g, found = model.config.bank, torch.Generator().manual_seed(3), []
+    while sum(map(len, found)) < S:
+        x0, given = (v if v is None else v.to(a.device) for v in ds.batch(min(S, 512), g))
+        xt = x0.masked_fill(not_given(x0, given), model.vocab_size)
+        found.append(torch.stack(model.encode(xt, x0)).flatten(1, 2).transpose(0, 1))  # (n, 2, Z)
+    model.bank.copy_(torch.cat(found)[:S].transpose(0, 1))
+
+
 def move_aside(out):
     """Moves an earlier run's files in `out` to out/1, out/2, ...: a new run loses nothing."""
     old = [p for p in (out / n for n in ("last.pt", "best.pt", "log.jsonl")) if p.exists()]
@@ -460,7 +479,9 @@ def announce(run, log):
 
 def assess(run, log, record):
     """Evaluates and keeps the best checkpoint -> whether the latent, if there is one, is idle."""
-    result = evaluate(run.ema or run.model, run.ds, run.a)
+    judged = run.ema or run.model
+    result = evaluate(judged.eval(), run.ds, run.a)
+    judged.train(judged is run.model)
     record(step=run.step, eval=result)
     shown = [f"{k} {v:.4f}" for k, v in result.items() if isinstance(v, float)]
     units = result["active"]
@@ -545,6 +566,8 @@ def train(a, ckpt, rank, world):
             now = time.time()
             run.seconds = spent + now - start
             if rank == 0 and saves:                      # before anything is printed
+                if a.latent_dim and a.prior == "aggregate":
+                    fill_bank(run.ema or model, ds, a)
                 run.save("last.pt")
             if logs:
                 rate = (done - logged) * a.batch_size * ds.seq_len / (now - since)
@@ -577,7 +600,8 @@ def independent(ds, n=20_000):
 
 def report(run, seconds):
     """The closing lines: scores of samples; of synthetic data, beside independent tokens'."""
-    a, ds, model, last = run.a, run.ds, run.ema or run.model, Path(run.a.out) / "last.pt"
+    a, ds, last = run.a, run.ds, Path(run.a.out) / "last.pt"
+    model = (run.ema or run.model).eval()
     print(f"trained {a.steps} steps in {clock(seconds)}; checkpoint {last}")
     if not ds.scored:
         print(f"samples: python sample.py --ckpt {last}; bounds: eval.py")
