@@ -301,12 +301,15 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     if L > longest and longest < 2 * r:
         raise ValueError(f"length {L} is beyond the {longest} tokens that the model was made for, "
                          "and with one block there is nothing to go on from")
-    draws = (1 if latent in ("fixed", "none") else nfe) + latent_draws - 1
+    draws, more = 1 if latent in ("fixed", "none") else nfe, latent_draws - 1
+    second = torch.Generator().manual_seed(torch.randint(2**62, (), generator=generator).item())
     keep = longest // r // 2 * r                         # of a window, at the start of the next
     out = []
     for part in x.split(batch_size or B):
         part = part.clone()
         eps, picks, u, order = sampler_noise(len(part), K, r, Z, draws, generator, x.device)
+        others = sampler_noise(len(part), K, 0, Z, more, second, x.device)
+        eps, picks = torch.cat([eps, others[0]], 2), torch.cat([picks, others[1]], 2)
         for first in range(0, max(1, L - keep), longest - keep):
             own = slice(first, first + longest)
             blocks = slice(first // r, (first + longest) // r)
@@ -337,16 +340,19 @@ def revealed(masks, n, N):
 
 
 def draw_z(model, x, zs, eps, pick, guess=None):
-    """z^b from the prior or, given a guess of x_0, from the encoder -> (B, 1, Z).
+    """R draws of z^b from the prior or, given a guess of x_0, from the encoder -> (B, R, Z).
 
-    x, guess (B, b r) ids of blocks 1..b; zs (B, b - 1, Z) earlier latents; eps (B, 1, Z), pick
-    (B, 1) noise.
+    x, guess (B, b r) ids of blocks 1..b; zs (B, b - 1, Z) earlier latents; eps (B, R, Z), pick
+    (B, R) noise.
     """
-    if guess is None:                                    # eps: a prior of z^b does not read z^b
-        mu, logvar = prior_of(model, x, x, torch.cat([zs, eps], dim=1), pick)
+    if guess is None and getattr(model, "mixture", False):
+        mu, logvar = model.component(pick)
+    elif guess is None:                                  # eps: a prior of z^b does not read z^b
+        mu, logvar = prior_of(model, x, x, torch.cat([zs, eps[:, :1]], dim=1), None)
+        mu, logvar = mu[:, -1:], logvar[:, -1:]
     else:
-        mu, logvar = model.encode(x, guess)
-    return mu[:, -1:] + (0.5 * logvar[:, -1:]).exp() * eps
+        mu, logvar = (v[:, -1:] for v in model.encode(x, guess))
+    return mu + (0.5 * logvar).exp() * eps
 
 
 def choose_z(model, x, zs, candidates, pick):
@@ -370,8 +376,8 @@ def choose_z(model, x, zs, candidates, pick):
 
 def _sample(model, x, eps, picks, u, order, nfe, remask, temperature, latent, latent_draws,
             on_step):
-    """Fills x (B, L) in place. Noise as in `sampler_noise`; of its draws the first latent_draws are
-    candidates for the first z of a block."""
+    """Fills x (B, L) in place. Noise as in `sampler_noise`: of its draws the first is that of each
+    block's first z, the last latent_draws - 1 are its rivals."""
     V, r = model.vocab_size, model.block_size
     cache = model.new_cache() if hasattr(model, "decode_block") else None
     zs, z = eps[:, :0, 0], None                          # zs: (B, b, Z), of finished blocks
@@ -380,25 +386,21 @@ def _sample(model, x, eps, picks, u, order, nfe, remask, temperature, latent, la
         own, guess = slice(b * r, (b + 1) * r), None
         block, so_far = x[:, own], x[:, : (b + 1) * r]   # views: x is filled in place
         M = (block == V).sum(1)
-        R, Z = latent_draws, eps.shape[-1]
-        if Z:
+        if eps.shape[-1]:
             z = draw_z(model, so_far, zs, eps[:, b, :1], picks[:, b, :1])
-        rows = ((M > 0) & (M < r)).nonzero()[:, 0] if Z and R > 1 else ()
-        if len(rows):                                    # z must suit the given tokens
-            candidates = [z[rows]]
-            for i in range(1, R):
-                candidates.append(draw_z(model, so_far[rows], zs[rows], eps[rows, b, i, None],
-                                         picks[rows, b, i, None]))
-            z = z.clone()
-            z[rows] = choose_z(model, so_far[rows], zs[rows], torch.cat(candidates, 1),
-                               order[rows, own.start])
+        if z is not None and latent_draws > 1:           # z must suit what is given
+            rows = ((M > 0) & (M < r)).nonzero()[:, 0]
+            rivals = draw_z(model, so_far[rows], zs[rows], eps[rows, b, 1 - latent_draws :],
+                            picks[rows, b, 1 - latent_draws :])
+            rivals = torch.cat([z[rows], rivals], dim=1)
+            z = z.index_copy(0, rows, choose_z(model, so_far[rows], zs[rows], rivals,
+                                               order[rows, own.start]))
         for i, n in enumerate(range(nfe, 0, -1)):
             if not any(revealed(m, n, nfe) for m in set(masks)):
                 continue
             masked = block == V
             if i and z is not None and latent != "fixed":
-                new = draw_z(model, so_far, zs, eps[:, b, R - 1 + i, None],
-                             picks[:, b, R - 1 + i, None], guess)
+                new = draw_z(model, so_far, zs, eps[:, b, i, None], picks[:, b, i, None], guess)
                 z = torch.where(masked.any(1)[:, None, None], new, z)    # full rows keep theirs
             if cache is not None:
                 logits = model.decode_block(block, z, cache)             # (B, r, V)

@@ -643,12 +643,13 @@ def test_given_tokens_choose_z_from_its_posterior():
     want = torch.where(torch.arange(10) == 4, 0.73, 0.03)                # p(k | first is 4)
     assert (share - want).abs().max() < 0.015
     assert sum(model.calls) == n * 201                   # one more evaluation of R rows
-    x[::2] = 10                                          # rows without given tokens are untouched
+    x[::2] = 10
     plain = diffusion.sample(model, x, 1, latent_draws=1, generator=gen(0))
     assert abs((plain[1::2, 1] == 5).double().mean() - 0.1) < 0.02       # R = 1: Algorithm 2
     model.calls = []
     out = diffusion.sample(model, x, 1, latent_draws=3, generator=gen(0))
     assert sum(model.calls) == n + n // 2 * 3 and (out[1::2, 0] == 4).all()
+    assert (out[::2] == plain[::2]).all()                # rows without given tokens: untouched
 
 
 def test_the_bank_is_of_training_sequences_and_survives_a_resume(tmp_path):
