@@ -1018,21 +1018,21 @@ def whole(path):
         part.unlink(missing_ok=True)
 
 
-def sha256_of(path):
-    """Hex digest of a file."""
+def has_sha256(path, want):
+    """Whether a file has this hex digest; None: any."""
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        return want in (None, hashlib.file_digest(f, "sha256").hexdigest())
 
 
 def download(url, path, sha256=None, tries=4):
-    """Fetches url to path unless it is there -> path.
+    """Fetches url to path unless it is there -> path. Raises OSError; ValueError: wrong content.
 
     Streams to PATH.part, goes on from there after an interruption, checks the sha256, then renames:
-    under its own name a file is whole. Raises OSError; ValueError on wrong content.
+    under its own name a file is whole.
     """
     path, part = Path(path), Path(f"{path}.part")
     if path.exists():
-        if sha256 not in (None, sha256_of(path)):
+        if not has_sha256(path, sha256):
             raise ValueError(f"{path} is not the file of {url}: remove it")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1042,10 +1042,11 @@ def download(url, path, sha256=None, tries=4):
             break
         except requests.RequestException as e:
             status = 0 if e.response is None else e.response.status_code
-            if i + 1 == tries or 400 <= status < 500 and status not in (416, 429):
+            hopeless = 400 <= status < 500 and status not in (416, 429)
+            if hopeless or i + 1 == tries:
                 raise OSError(f"cannot download {url}: {status or type(e).__name__}") from None
             time.sleep(2**i)
-    if sha256 not in (None, sha256_of(part)):
+    if not has_sha256(part, sha256):
         part.unlink()
         raise ValueError(f"{url} does not have sha256 {sha256}; the file is not kept")
     os.replace(part, path)
@@ -1055,27 +1056,21 @@ def download(url, path, sha256=None, tries=4):
 def fetch(url, part):
     """One attempt of `download`: appends to `part` what is missing. Raises requests' exceptions."""
     have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity"}            # the length is that of the file
-    if have:
-        headers["Range"] = f"bytes={have}-"
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-" if have else None}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as r:
         if r.status_code == 416:                         # nothing follows: begin again
-            part.unlink(missing_ok=True)
+            part.unlink()
         r.raise_for_status()
         if "html" in r.headers.get("Content-Type", ""):
             raise ValueError(f"{url} answered with a web page, not with the file: see it in a "
                              "browser (a quota, a login)")
-        if r.status_code != 206:                         # the server sends all of it
-            have = 0
-        length = r.headers.get("Content-Length")
-        total = None if length is None else have + int(length)
-        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem,
-                   disable=None)
-        with open(part, "ab" if have else "wb") as f, bar:
+        have = have if r.status_code == 206 else 0       # 200: the server sends all of it
+        total = have + int(r.headers.get("Content-Length", 0))
+        with (open(part, "ab" if have else "wb") as f,
+              tqdm(total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar):
             for chunk in r.iter_content(1 << 16):
-                f.write(chunk)
-                bar.update(len(chunk))
-    if total not in (None, part.stat().st_size):
+                bar.update(f.write(chunk))
+    if part.stat().st_size < total:
         raise requests.ConnectionError(f"{part} is not yet {total} bytes long")
 
 
@@ -1083,9 +1078,7 @@ def fetch(url, part):
 
 def check_output(path):
     """Raises OSError unless `path`, a file to be written later or None, can be one."""
-    if path is None:
-        return
-    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise FileNotFoundError(f"{path} cannot be written: it is a folder, or in none")
 
 
@@ -1095,72 +1088,71 @@ def options(args):
 
 
 def load(name, vocab=None, **given):
-    """Dataset by name. Options, all with defaults but data_path of array and text:
+    """Dataset by name; OPTIONS names what each takes; vocab: of `Text`, where a checkpoint fixes it.
 
-    strength of pairs_strength, length of needle: see `synthetic`; data_path, vocab_size,
-    prefix_len: of `Array`; grid, layout, clues, source, puzzles, data_path, data_dir: of `Sudoku`;
-    length, data_path, alphabet, data_dir, and vocab, where a checkpoint fixes it: of `Text`.
     Raises ValueError on an unknown name, an option of another dataset or an impossible value.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset {name!r} is not one of {', '.join(DATASETS)}")
     for k in given:
         if k not in OPTIONS.get(name, ()):
-            owners = ", ".join(d for d in DATASETS if k in OPTIONS.get(d, ())) or "no dataset"
+            owners = ", ".join(d for d in OPTIONS if k in OPTIONS[d]) or "no dataset"
             raise ValueError(f"{k} is an option of {owners}, not of {name}")
-    if name == "sudoku":
-        return Sudoku(**given)
-    if name == "array":
-        return Array(**given)
+    if name in ("array", "text") and not given.get("data_path"):
+        raise ValueError(f"dataset {name} needs --data-path FILE")
     if name in SYNTHETIC:
         return synthetic(name, **given)
+    if name == "array":
+        return Array(**given)
+    if name == "sudoku":
+        return Sudoku(**given)
     return Text(name, vocab=vocab, **given)
 
 
 def show(x, vocab_size, vocab=None):
-    """One line per sequence: ids separated by spaces, or text; _ for the mask. x (n, L)."""
+    """One line per sequence of x (n, L): ids separated by spaces, or text; _ for the mask."""
     return "\n".join(line.replace("\n", "\\n") for line in texts(x, vocab_size, vocab))
 
 
 def texts(x, vocab_size, vocab=None):
     """As `show`, but a list of strings with line breaks as they are."""
     names = [*(vocab or map(str, range(vocab_size))), "_"]
-    words = [[names[v] for v in row] for row in x.tolist()]
-    if vocab is None or "[CLS]" in vocab:
-        return [" ".join(w).replace(" ##", "") for w in words]
-    return ["".join(w) for w in words]
+    space = " " if vocab is None or "[CLS]" in vocab else ""
+    out = []
+    for row in x.tolist():
+        text = space.join(names[v] for v in row)
+        out.append(text.replace(" ##", "") if space else text)
+    return out
 
 
 def encode(text, vocab, vocab_size=None, blank="_"):
-    """A prompt -> ids (n,) int64, mapped as the training data were; the mask's for blanks.
+    """A prompt -> ids (n,) int64, mapped as the training data were; V, the mask's, for blanks.
 
-    vocab None: ids 0..vocab_size-1 between white space, as `show` prints them; WordPiece: [CLS]
-    comes first; text8's alphabet: by `to_text8`; else character by character. blank: a character,
-    None: there are no blanks. Raises ValueError naming what cannot be mapped.
+    vocab None: ids 0..vocab_size-1 between white space, as `show` prints them. blank: a character,
+    or None: there are no blanks. Raises ValueError naming what cannot be mapped.
     """
     if blank and len(blank) != 1:
         raise ValueError(f"a blank is one character, not {blank!r}")
     V = vocab_size if vocab is None else len(vocab)
-    parts = text.split(blank) if blank else [text]
     if vocab is None:
         ids = []
         for word in text.split():
-            if word == blank:
-                ids.append(V)
-            elif word.isascii() and word.isdigit() and int(word) < V:
-                ids.append(int(word))
-            else:
+            known = word.isascii() and word.isdigit() and int(word) < V
+            if not known and word != blank:
                 raise ValueError(f"{word!r} is neither a blank ({blank}) nor an id in 0..{V - 1}")
-    elif "[CLS]" in vocab:
+            ids.append(V if word == blank else int(word))
+        return torch.tensor(ids, dtype=torch.int64)
+    parts = text.split(blank) if blank else [text]
+    if "[CLS]" in vocab:
         pieces = WordPiece(vocab)
         ids = [pieces.cls, *pieces.encode(parts[0])]
         for part in parts[1:]:
             ids += [V, *pieces.encode(part)]
-    else:
-        if vocab == list(ALPHABET):
-            parts = map(to_text8, parts)
-        ids = character_ids((blank or "").join(parts), vocab, blank)
-    return torch.as_tensor(np.asarray(ids, dtype=np.int64))
+        return torch.tensor(ids)
+    if vocab == list(ALPHABET):
+        parts = map(to_text8, parts)
+    ids = character_ids((blank or "").join(parts), vocab, blank)
+    return torch.from_numpy(ids.astype(np.int64))
 
 
 # ---- what the three scripts share: flags, errors, output
