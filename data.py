@@ -414,39 +414,28 @@ def refuse(bad, kind, numbers, why):
         raise ValueError(f"{kind} {numbers[bad.argmax()]}: {why}")
 
 
-def check_puzzles(puzzles, solutions, kind, numbers):
-    """Raises ValueError naming the first row whose solution breaks a rule or changes a clue."""
-    refuse(violations(solutions).any(1), kind, numbers, "its solution breaks the rules")
-    changed = (puzzles != 0) & (puzzles != solutions)
-    refuse(changed.any(1), kind, numbers, "its solution changes a clue")
-
-
 def read_shah(path):
     """Puzzles of Shah et al. 2024, .npy (N, 325): k, then 81 x (row, column, value, strategy).
 
-    The k givens come first. -> (2, N, 81) uint8: puzzles, solutions. Raises ValueError naming the
-    first broken row, counting from 0.
+    The k givens come first, with strategy 0. -> (2, N, 81) uint8. Raises ValueError.
     """
     raw = load_array(path)
     if raw.shape[1] != 325:
         raise ValueError(f"{path} must have 325 columns, not {raw.shape[1]}")
-    out = []
-    for start in range(0, len(raw), 100_000):
+    both = np.zeros((2, len(raw), 81), np.uint8)
+    for start in range(0, len(raw), 100_000):            # in parts: int64 is large
         rows = np.asarray(raw[start:start + 100_000], dtype=np.int64)
-        numbers = range(start, start + len(rows))
         row, column, value, strategy = rows[:, 1:].reshape(-1, 81, 4).transpose(2, 0, 1)
-        cell, k = row * 9 + column, rows[:, :1]
-        given = np.arange(81) < k                                                # (n, 81)
-        good = ((np.sort(cell, 1) == np.arange(81)) & (column >= 0) & (column < 9)
-                & (value >= 1) & (value <= 9) & (k >= 1) & ((strategy == 0) == given))
-        refuse(~good.all(1), f"{path}, row", numbers, "not the givens and then the blanks of a "
-               "puzzle as (row 0-8, column 0-8, value 1-9, strategy)")
-        both = np.zeros((2, len(rows), 81), np.uint8)
-        np.put_along_axis(both[1], cell, value.astype(np.uint8), 1)
-        np.put_along_axis(both[0], cell, np.where(given, value, 0).astype(np.uint8), 1)
-        check_puzzles(*both, f"{path}, row", numbers)
-        out.append(both)
-    return np.concatenate(out, axis=1)
+        cell = row * 9 + column
+        given = np.arange(81) < rows[:, :1]                                      # (n, 81)
+        good = ((np.sort(cell, 1) == np.arange(81)) & (column == column.clip(0, 8))
+                & (value == value.clip(1, 9)) & given[:, :1] & ((strategy == 0) == given))
+        refuse(~good.all(1), f"{path}, row", range(start, len(raw)), "not the givens and then the "
+               "blanks of a puzzle as (row 0-8, column 0-8, value 1-9, strategy)")
+        puzzles, solutions = both[:, start:start + len(rows)]
+        np.put_along_axis(solutions, cell, value, 1)
+        np.put_along_axis(puzzles, cell, np.where(given, value, 0), 1)
+    return both
 
 
 NO_CELL = re.compile(r"[^\d._*xX]")  # in a board of any size
@@ -499,24 +488,30 @@ def read_boards(lines, n, name):
     if not numbers:
         raise ValueError(f"{name} holds no {n}x{n} puzzle")
     digits = np.frombuffer(cells.translate(BLANKS), np.uint8) - ord("0")
-    return numbers, digits.reshape(-1, 2, size).transpose(1, 0, 2)
+    return np.array(numbers), digits.reshape(-1, 2, size).transpose(1, 0, 2)
 
 
 def read_puzzles(path, n):
     """Puzzles and solutions of a file -> (2, N, n n) uint8; .npy: `read_shah`, else `read_boards`.
 
-    Missing solutions are worked out. Raises ValueError naming the first line whose puzzle has no
-    solution or several, or whose solution breaks a rule or changes a clue.
+    Missing solutions are worked out. Raises ValueError naming the first puzzle that has no solution
+    or several, or whose solution breaks a rule or changes a clue.
     """
     if str(path).endswith(".npy") and n == 9:
-        return read_shah(path)
-    with open(path, **TEXT_FILE) as lines:
-        numbers, both = read_boards(lines, n, path)
-    alone = np.flatnonzero(~both[1].any(1))
-    both[1, alone], found = solve(both[0, alone])
-    for bad, why in ((found == 0, "no solution"), (found > 1, "several solutions")):
-        refuse(bad, f"{path}, line", [numbers[i] for i in alone], f"the puzzle has {why}")
-    check_puzzles(*both, f"{path}, line", numbers)
+        both = read_shah(path)
+        kind, numbers = "row", np.arange(both.shape[1])
+    else:
+        with open(path, **TEXT_FILE) as lines:
+            numbers, both = read_boards(lines, n, path)
+        kind, alone = "line", np.flatnonzero(~both[1].any(1))
+        both[1, alone], found = solve(both[0, alone])
+        refuse(found == 0, f"{path}, line", numbers[alone], "the puzzle has no solution")
+        refuse(found > 1, f"{path}, line", numbers[alone], "the puzzle has several solutions")
+    puzzles, solutions = both
+    changed = (puzzles != 0) & (puzzles != solutions)
+    wrong = violations(solutions).any(1)
+    refuse(wrong, f"{path}, {kind}", numbers, "its solution breaks the rules")
+    refuse(changed.any(1), f"{path}, {kind}", numbers, "its solution changes a clue")
     return both
 
 
@@ -530,7 +525,7 @@ def puzzles_to_solve(text, n):
     with open(text, **TEXT_FILE) if file else io.StringIO(text) as lines:
         numbers, (puzzles, _) = read_boards(lines, n, name)
     clash = (violations(puzzles) & (puzzles > 0)).any(1)
-    stuck = propagate(to_bits(puzzles))[0]
+    stuck, _ = propagate(to_bits(puzzles))
     refuse(clash | stuck, f"{name}, line", numbers, "the clues contradict each other")
     return puzzles
 
@@ -556,12 +551,11 @@ class Sudoku:
     source: generated; shah (n = 9): downloaded to data_dir. data_path: a file instead.
     puzzles: how many to generate, default 100,000.
 
-    Boards whose digits can be relabelled into one another are all for training or all for testing,
-    except where the source has its own split.
-
-    Training data are augmented on the fly: digits are relabelled; for n = 9 also bands, rows,
-    stacks and columns are permuted and the board is transposed. Smaller boards have so few classes
-    under these (2 and 49) that this would turn training boards into test boards.
+    Except where the source has its own split, boards that differ only in the names of their digits
+    are all for training or all for testing. Training data are augmented on the fly: digits are
+    relabelled; for n = 9 also bands, rows, stacks and columns are permuted and the board is
+    transposed. Smaller boards have so few classes under these (2 and 49) that this would turn
+    training boards into test boards.
     """
 
     name = "sudoku"
@@ -594,30 +588,29 @@ class Sudoku:
 
     @cached_property
     def split(self):
-        """Training and test puzzles of a source without a split of its own, (2, N, n n) uint8."""
+        """Training and test puzzles of all sources but shah: two arrays (2, N, n n) uint8."""
         if self.data_path:
-            every = read_puzzles(self.data_path, self.grid)
+            both = read_puzzles(self.data_path, self.grid)
         else:
-            every = cached_puzzles(self.grid, self.puzzles, 0, self.data_dir)
-        test = held_out(every[1])
+            both = cached_puzzles(self.grid, self.puzzles, 0, self.data_dir)
+        test = held_out(both[1])
         if test.all() or not test.any():
             raise ValueError("too few puzzles: none is left to train on, or none to test on")
-        return every[:, ~test], every[:, test]
+        return both[:, ~test], both[:, test]
 
     def part(self, i):
-        """Training (0) or test puzzles (1), puzzle and solution: (2, N, n n) uint8."""
+        """Training (0) or test puzzles (1) and their solutions: (2, N, n n) uint8."""
         if self.source == "generated":
             return torch.from_numpy(self.split[i])
         id_, file = SHAH[i]
         path = download(SHAH_URL.format(id_), Path(self.data_dir) / file)
-        return torch.from_numpy(read_shah(path))
+        return torch.from_numpy(read_puzzles(path, 9))
 
     train_set = cached_property(lambda self: self.part(0))    # read when first needed
     test_set = cached_property(lambda self: self.part(1))
 
     @property
     def about(self):
-        """What there is, in words."""
         train, test = self.train_set, self.test_set
         clues = (train[0] > 0).sum(1).float().mean() if self.clues is None else self.clues
         return (f"{self.grid}x{self.grid}, {train.shape[1]:,} training and {test.shape[1]:,} test "
@@ -648,15 +641,15 @@ class Sudoku:
             """Old numbers (B, 9) of the new rows, or columns: threes, and within each three."""
             return (permutations(1, 3)[:, 0, :, None] * 3 + permutations(3, 3)).view(B, 9)
 
-        digits = permutations(1, n)[:, 0] + 1
-        relabel = torch.cat([torch.zeros(B, 1, dtype=torch.long), digits], dim=1)  # 0 stays blank
+        label = torch.zeros(B, n + 1, dtype=torch.long)                          # 0 stays blank
+        label[:, 1:] = permutations(1, n)[:, 0] + 1
         if n == 9:
             rows, columns = lines(), lines()
             cell = rows[:, :, None] * 9 + columns[:, None, :]                    # (B, 9, 9)
             flip = torch.rand(B, 1, 1, generator=generator) < 0.5
-            cell = torch.where(flip, cell.transpose(1, 2), cell).reshape(1, B, 81)
+            cell = torch.where(flip, cell.transpose(1, 2), cell).reshape(B, 81)
             both = both.gather(2, cell.expand(2, -1, -1))
-        return relabel[None].expand(2, -1, -1).gather(2, both)
+        return label.expand(2, -1, -1).gather(2, both)
 
     def tokens(self, puzzle, solution, generator=None):
         """puzzle, solution (n, n n) digits -> x0 (n, L) int64, given (n, L) bool."""
@@ -717,7 +710,7 @@ def draw_boards(puzzle, answer, color=False, new=None):
 
     left, right = [], []
     for i, (clue, digit) in enumerate(zip(puzzle, answer)):
-        left.append(cell(clue, code=1) if clue else cell(0))
+        left.append(cell(clue, code=1 if clue else None))
         if bad[i]:
             right.append(cell(digit, "!", 31))
         elif clue:
@@ -1088,7 +1081,7 @@ def options(args):
 
 
 def load(name, vocab=None, **given):
-    """Dataset by name; OPTIONS names what each takes; vocab: of `Text`, where a checkpoint fixes it.
+    """Dataset by name; given: its OPTIONS; vocab: of `Text`, where a checkpoint fixes it.
 
     Raises ValueError on an unknown name, an option of another dataset or an impossible value.
     """
