@@ -225,10 +225,7 @@ SHAH = (  # id and file name of training and test puzzles
 
 
 def units(c):
-    """Views of boards c (n, n, B) by rows, by columns, by boxes.
-
-    Each has five axes: the first two run over the cells of a unit, the next two over the units.
-    """
+    """Views of boards c (n, n, B) by rows, columns, boxes: axes 0, 1 run over a unit's cells."""
     n, (h, w) = len(c), BOXES[len(c)]
     c = c.reshape(n // h, h, n // w, w, -1)
     return c.transpose(2, 3, 0, 1, 4), c, c.transpose(1, 3, 0, 2, 4)
@@ -275,9 +272,8 @@ def propagate(c):
 
 
 def narrowest(c, rng=None):
-    """Of each board (n, n, B) an undecided cell with the fewest candidates (B,), and their number.
-
-    rng: choose among such cells at random."""
+    """Of each board (n, n, B) an undecided cell with the fewest candidates (B,), and their number;
+    with rng, a random one of such cells."""
     size = np.bitwise_count(c.reshape(len(c) ** 2, -1))
     noise = 0 if rng is None else rng.random(size.shape, dtype=np.float32)
     cell = np.where(size > 1, size + noise, 99).argmin(0)
@@ -285,10 +281,7 @@ def narrowest(c, rng=None):
 
 
 def random_grids(n, count, rng):
-    """Random solved boards by propagation and guessing, starting anew where a guess fails.
-
-    -> candidate bits (n, n, count). Not exactly uniform over all boards.
-    """
+    """Solved boards by random guesses -> candidate bits (n, n, count); not exactly uniform."""
     B, done, out = min(count, 256), 0, []
     c = np.full((n, n, B), 2**n - 1, np.uint16)
     while done < count:
@@ -307,10 +300,9 @@ def random_grids(n, count, rng):
 
 
 def dig(solution, rng):
-    """Digs holes, cells in random order, as long as singles still lead back to each cell's digit.
+    """Empties cells in random order unless singles no longer lead back to the cell's digit.
 
-    So every puzzle has one solution, and naked and hidden singles find it. solution (n, n, B) bits
-    -> digits (B, n n) uint8, 0 for blanks.
+    So naked and hidden singles solve every puzzle. solution (n, n, B) bits -> digits (B, n n).
     """
     n, B = len(solution), solution.shape[2]
     clues, everything = solution.reshape(n * n, B).copy(), np.uint16(2**n - 1)
@@ -331,10 +323,9 @@ def dig(solution, rng):
 
 
 def generate(n, count, seed=0):
-    """Unique-solution puzzles -> puzzles, solutions (count, n n) uint8, 0 for blanks.
+    """Puzzles with one solution, and these -> (2, count, n n) uint8, 0 for blanks.
 
-    About 24.6 clues for n = 9, 10.1 for 6, 4.3 for 4. Prints a progress bar where stderr is a
-    terminal.
+    About 24.6 clues for n = 9, 10.1 for 6, 4.3 for 4.
     """
     out = []
     with tqdm(total=count, desc=f"generating {n}x{n} puzzles", unit="puzzle", disable=None) as bar:
@@ -347,9 +338,9 @@ def generate(n, count, seed=0):
 
 
 def solve(puzzles, limit=2):
-    """All puzzles at once, depth first -> one solution (B, n n) uint8 and the number found (B,).
+    """Puzzles (B, n n), 0 for blanks -> a solution of each (B, n n) uint8, their number (B,).
 
-    Counts up to `limit` solutions of each; 0: there is none. puzzles (B, n n), 0 for blanks.
+    Depth first, all puzzles at once; counts no further than `limit`.
     """
     n = math.isqrt(puzzles.shape[1])
     out, found = np.zeros_like(puzzles, dtype=np.uint8), np.zeros(len(puzzles), int)
@@ -363,24 +354,20 @@ def solve(puzzles, limit=2):
         out[owner[solved]] = to_digits(c[:, :, solved])
         np.add.at(found, owner[solved], 1)
         on = ~broken & ~solved & (found[owner] < limit)
-        if on.any():
-            owner, c = owner[on], c[:, :, on]
-            cell, _ = narrowest(c)
-            bits = c.reshape(n * n, -1)[cell, np.arange(len(cell))]
-            for d in range(n):                           # one child for each candidate
-                has = (bits >> d & 1) == 1
-                if has.any():
-                    child = c[:, :, has].copy()
-                    child.reshape(n * n, -1)[cell[has], np.arange(has.sum())] = 1 << d
-                    stack.append((owner[has], child))
+        owner, c = owner[on], c[:, :, on]
+        cell, _ = narrowest(c)
+        bits = c.reshape(n * n, -1)[cell, np.arange(len(cell))]
+        for d in range(n):                               # one child for each candidate
+            has = (bits >> d & 1) == 1
+            if has.any():
+                child = c[:, :, has].copy()
+                child.reshape(n * n, -1)[cell[has], np.arange(has.sum())] = 1 << d
+                stack.append((owner[has], child))
     return out, np.minimum(found, limit)
 
 
 def violations(boards):
-    """Cells that are blank or share a row, column or box with their own digit.
-
-    boards (B, n n) digits, numpy -> (B, n n) bool.
-    """
+    """Boards (B, n n), numpy -> cells that are blank or see their own digit (B, n n) bool."""
     n = math.isqrt(boards.shape[1])
     digits = np.ascontiguousarray(boards.T).reshape(n, n, -1)
     bad = (digits < 1) | (digits > n)
@@ -743,6 +730,8 @@ BERT_VOCAB = ("https://huggingface.co/bert-base-uncased/resolve/"
               "86b5e0934494bd15c9632b12f734a8a67f723594/vocab.txt",
               "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"  # text8's 27 symbols
+CJK = re.compile("([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+                 "\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f])")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -756,6 +745,14 @@ def read_text8(data_dir):
     """The 100,000,000 characters of text8, downloaded once."""
     with zipfile.ZipFile(download(TEXT8[0], Path(data_dir) / "text8.zip", TEXT8[1])) as z:
         return z.read("text8").decode("ascii")           # by name: no path in the archive is used
+
+
+def read_text(path):
+    """The text of a UTF-8 file, with or without byte order mark; line ends become \\n."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8: {e.reason} at byte {e.start}") from None
 
 
 def detokenize(line):
@@ -793,23 +790,19 @@ class WordPiece:
     def encode(self, text):
         """Ids of a text, without [CLS] and [SEP]."""
         if not text.isascii() or not text.isprintable():
-            text = "".join(self._clean(c) for c in text)
+            text = "".join(self._clean(c) for c in CJK.sub(r" \1 ", text))
         return [i for word in text.split(" ") for i in self.word(word)]
 
     @staticmethod
     def _clean(c):
-        """White space to a space, control characters to nothing, spaces around CJK."""
-        if c in "\t\n\r" or unicodedata.category(c).startswith("Z"):
+        """White space to a space, control characters to nothing."""
+        kind = unicodedata.category(c)
+        if c in "\t\n\r" or kind.startswith("Z"):
             return " "
-        if c in "\0\ufffd" or unicodedata.category(c) in ("Cc", "Cf"):
-            return ""
-        o = ord(c)
-        cjk = (0x4E00 <= o <= 0x9FFF or 0x3400 <= o <= 0x4DBF or 0x20000 <= o <= 0x2A6DF
-               or 0x2A700 <= o <= 0x2CEAF or 0xF900 <= o <= 0xFAFF or 0x2F800 <= o <= 0x2FA1F)
-        return f" {c} " if cjk else c
+        return "" if c == "\ufffd" or kind in ("Cc", "Cf") else c
 
     def _word(self, word):
-        """Ids of one word: lower case, no accents, each sign apart, greedy longest match."""
+        """Ids of one word: lower case, no accents, each sign apart."""
         pieces = [""]
         for c in unicodedata.normalize("NFD", word.lower()):
             kind = unicodedata.category(c)
@@ -817,10 +810,7 @@ class WordPiece:
                 pieces += [c, ""]
             elif kind != "Mn":
                 pieces[-1] += c
-        ids = []
-        for piece in pieces:
-            ids += self._match(piece)
-        return tuple(ids)
+        return tuple(itertools.chain(*map(self._match, pieces)))
 
     def _match(self, piece):
         """Greedy longest match first, ## after the first part; [UNK] where nothing matches."""
@@ -843,7 +833,7 @@ def read_lm1b(data_dir):
     """LM1B as BERT WordPiece ids -> training and held-out tokens (uint16 memmaps), vocabulary.
 
     Lines are detokenised, encoded, closed with [SEP] and concatenated, as in BD3-LM's pipeline.
-    The archive is read as a stream: nothing in it is extracted, no path in it is used.
+    The archive is read as a stream: no path in it is used.
     """
     folder = Path(data_dir)
     train, held = folder / "lm1b-train.uint16", folder / "lm1b-heldout.uint16"
@@ -884,12 +874,11 @@ def character_ids(text, vocab, blank=None):
 class Text:
     """Chunks of L tokens, not overlapping, of a long text (Section 4.4, C.3). Ids index `vocab`.
 
-    length: L, default 256, of lm1b 128.
+    length: L, default 256, of lm1b 128. vocab: use this one, a checkpoint's.
     text8: 27 characters, 90 / 5 / 5 million for training, validation, test. lm1b: BERT WordPiece,
     [CLS] + L - 2 tokens + [SEP]; the held-out set is the test set, the last hundredth of the
     training set is for validation. text: the characters of a UTF-8 file, 90 / 5 / 5 %, or, with
     alphabet="text8", its letters as text8 has them.
-    vocab: encode with this one instead of the text's own (a checkpoint's).
     """
 
     entropy = None
@@ -903,10 +892,11 @@ class Text:
 
     def __init__(self, name, length=None, data_path=None, alphabet=None, vocab=None,
                  data_dir=".data"):
+        if alphabet not in (None, "text8"):
+            raise ValueError(f"alphabet {alphabet!r} is not text8")
         self.name = name
-        ends = 2 if name == "lm1b" else 0                # [CLS] and [SEP]
-        L = (128 if name == "lm1b" else 256) if length is None else length
-        self.seq_len, width = L, L - ends
+        self.seq_len = (128 if name == "lm1b" else 256) if length is None else length
+        width = self.seq_len - (2 if name == "lm1b" else 0)      # [CLS] and [SEP]
         if width < 1:
             raise ValueError(f"length {length} is too short")
         if name == "lm1b":
@@ -914,10 +904,12 @@ class Text:
             cut = len(train) - len(train) // 100
             splits = train[:cut], train[cut:], test
         else:
-            if name == "text8":
-                text, self.vocab = read_text8(data_dir), list(ALPHABET)
-            else:
-                text, self.vocab = self.read_file(data_path, alphabet, vocab)
+            text = read_text8(data_dir) if name == "text8" else read_text(data_path)
+            if alphabet == "text8":
+                text = to_text8(text)
+            if "text8" in (name, alphabet):
+                vocab = list(ALPHABET)
+            self.vocab = sorted(set(text)) if vocab is None else vocab
             ids = character_ids(text, self.vocab)
             a, b = len(ids) * 90 // 100, len(ids) * 95 // 100
             splits = ids[:a], ids[a:b], ids[b:]
@@ -928,21 +920,6 @@ class Text:
         if not train or not valid or not test:
             raise ValueError(f"too little text: training, validation and test need {width} tokens "
                              f"each and have {', '.join(str(len(s)) for s in splits)}")
-
-    @staticmethod
-    def read_file(path, alphabet, vocab):
-        """A UTF-8 file, with or without byte order mark -> text, vocabulary (sorted characters)."""
-        if not path:
-            raise ValueError("dataset text needs --data-path FILE")
-        if alphabet not in (None, "text8"):
-            raise ValueError(f"alphabet {alphabet!r} is not text8")
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")    # line ends become \n
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{path} is not UTF-8: {e.reason} at byte {e.start}") from None
-        if alphabet == "text8":
-            return to_text8(text), list(ALPHABET)
-        return text, sorted(set(text)) if vocab is None else vocab
 
     def rows(self, split, at):
         """Chunks by number -> x0 (n, L) int64, None."""
