@@ -18,8 +18,7 @@ Every dataset has
     batch, valid, test  (n, generator) -> x0 (n, L) ids, given (n, L) bool or None: tokens that are
                         never masked; for training, for choosing between models, for reporting
     metrics             (x, x0, given) -> scores of samples x drawn for test sequences x0
-At the end stands what the three scripts share: types of flags, one line for a user's mistake.
-Needs numpy, torch, requests, tqdm and imports nothing of this project: copy it.
+At the end stands what the three scripts share. Imports nothing of this project: copy it.
 """
 
 import argparse
@@ -67,17 +66,15 @@ def mean_and_error(**values):
     """Means of values (n,), each with its standard error as name_se."""
     out = {}
     for name, v in values.items():
-        v = v.double()
-        out[name] = v.mean().item()
-        out[f"{name}_se"] = v.std(correction=0).item() / math.sqrt(len(v))
+        out[name] = v.double().mean().item()
+        out[f"{name}_se"] = v.double().std(correction=0).item() / math.sqrt(len(v))
     return out
 
 
 class Synthetic:
-    """A known distribution over rows of a table: the ground truth that samples are scored against.
+    """A known distribution over rows of a table (S, L) of ids, -1 where a token is uniform noise.
 
-    table (S, L) token ids, -1 where a token is uniform noise; probs (S,). Accuracy is the share of
-    samples that match a possible row; KL(true || generated) is over rows.
+    Accuracy is the share of samples that match a possible row; KL(true || generated) is over rows.
     """
 
     vocab_size = 10
@@ -157,8 +154,7 @@ class Array:
     """The rows of an integer .npy array (N, L), of which the first prefix_len tokens are given.
 
     One row in ten, at least two, is held out for testing, by a fixed permutation. V is the largest
-    id plus one unless vocab_size says more. Raises FileNotFoundError, or ValueError if the file is
-    no (N, L) array of integers in 0..V-1.
+    id plus one unless vocab_size says more. Raises FileNotFoundError, ValueError.
     """
 
     name = "array"
@@ -168,9 +164,7 @@ class Array:
     score_num = 1000
     bound_num = 20_000
 
-    def __init__(self, data_path=None, vocab_size=None, prefix_len=0):
-        if not data_path:
-            raise ValueError("dataset array needs --data-path FILE.npy")
+    def __init__(self, data_path, vocab_size=None, prefix_len=0):
         x = load_array(data_path)
         N, L = x.shape
         if N < 3 or L < 1:
@@ -367,7 +361,7 @@ def solve(puzzles, limit=2):
 
 
 def violations(boards):
-    """Boards (B, n n), numpy -> cells that are blank or see their own digit (B, n n) bool."""
+    """Boards (B, n n), numpy -> cells that are blank or repeat a digit of a unit (B, n n) bool."""
     n = math.isqrt(boards.shape[1])
     digits = np.ascontiguousarray(boards.T).reshape(n, n, -1)
     bad = (digits < 1) | (digits > n)
@@ -685,27 +679,21 @@ def draw_boards(puzzle, answer, color=False, new=None):
     h, w = BOXES[n]
     puzzle, answer = np.asarray(puzzle), np.asarray(answer)
     bad = violations(answer[None])[0] | (puzzle != 0) & (answer != puzzle)
+    fresh = np.zeros(n * n, bool)
     if new is not None:
-        bad &= answer != 0
+        fresh, bad = new, bad & (answer != 0)
+    marks = np.select([bad, puzzle > 0, fresh], ["!", "'", "+"], " ")
+    codes = {"!": 31, "'": 1, "+": 32}
 
-    def cell(digit, mark=" ", code=None):
+    def cell(digit, mark, code):
         text = f"{digit or '_'}{mark}"
         return f"\033[{code}m{text}\033[0m" if color and code else text
 
     def row(cells, i):
         return "| ".join("".join(cells[j:j + w]) for j in range(i * n, i * n + n, w))
 
-    left, right = [], []
-    for i, (clue, digit) in enumerate(zip(puzzle, answer)):
-        left.append(cell(clue, code=1 if clue else None))
-        if bad[i]:
-            right.append(cell(digit, "!", 31))
-        elif clue:
-            right.append(cell(digit, "'", 1))
-        elif new is not None and new[i]:
-            right.append(cell(digit, "+", 32))
-        else:
-            right.append(cell(digit))
+    left = [cell(clue, " ", 1 if clue else None) for clue in puzzle]
+    right = [cell(digit, mark, codes.get(mark)) for digit, mark in zip(answer, marks)]
     rule = "+-".join(["--" * w] * (n // w))
     lines = []
     for i in range(n):
@@ -958,10 +946,7 @@ TIMEOUT = 30  # seconds without an answer, or without another byte
 
 
 def load_array(path, axes=2):
-    """An array of integers in a .npy file, memory-mapped. Pickled arrays are refused unread.
-
-    Raises FileNotFoundError; ValueError if the file holds anything else.
-    """
+    """Integers of a .npy file, memory-mapped, never unpickled. FileNotFoundError or ValueError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no array at {path}; make one: numpy.save(path, x)")
     try:
@@ -1026,10 +1011,11 @@ def download(url, path, sha256=None, tries=4):
 def fetch(url, part):
     """One attempt of `download`: appends to `part` what is missing. Raises requests' exceptions."""
     have = part.stat().st_size if part.exists() else 0
+    # identity: the length is that of the file
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-" if have else None}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as r:
         if r.status_code == 416:                         # nothing follows: begin again
-            part.unlink()
+            part.unlink(missing_ok=True)
         r.raise_for_status()
         if "html" in r.headers.get("Content-Type", ""):
             raise ValueError(f"{url} answered with a web page, not with the file: see it in a "
@@ -1037,7 +1023,8 @@ def fetch(url, part):
         have = have if r.status_code == 206 else 0       # 200: the server sends all of it
         total = have + int(r.headers.get("Content-Length", 0))
         with (open(part, "ab" if have else "wb") as f,
-              tqdm(total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar):
+              tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=part.stem,
+                   disable=None) as bar):
             for chunk in r.iter_content(1 << 16):
                 bar.update(f.write(chunk))
     if part.stat().st_size < total:
