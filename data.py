@@ -35,7 +35,6 @@ import tarfile
 import time
 import unicodedata
 import zipfile
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -554,10 +553,10 @@ class Sudoku:
                              f"{LAYOUTS}, source {source!r} of {SOURCES}")
         if clues is not None and not 0 <= clues < grid**2:
             raise ValueError(f"clues {clues} must lie in 0..{grid**2 - 1}")
-        if source != "generated" and (grid != 9 or data_path):
-            raise ValueError(f"source {source} has 9x9 boards (--grid 9) and needs no data_path")
-        if puzzles is not None and (source != "generated" or data_path):
-            raise ValueError("puzzles is the number to generate; these come from a file")
+        if source == "shah" and grid != 9:
+            raise ValueError("source shah has 9x9 boards: --grid 9")
+        if [source != "generated", bool(data_path), puzzles is not None].count(True) > 1:
+            raise ValueError("give one of source shah, data_path, puzzles (how many to generate)")
         self.grid, self.cells = grid, grid**2
         self.layout, self.clues = layout, clues
         self.source, self.data_path, self.data_dir = source, data_path, data_dir
@@ -567,7 +566,7 @@ class Sudoku:
         self.seq_len = 2 * self.cells + 2 if prefix else self.cells
         self.prefix_len = self.cells + 1 if prefix else 0
 
-    @cached_property
+    @functools.cached_property
     def split(self):
         """Training and test puzzles of all sources but shah: two arrays (2, N, n n) uint8."""
         if self.data_path:
@@ -587,8 +586,8 @@ class Sudoku:
         path = download(SHAH_URL.format(id_), Path(self.data_dir) / file)
         return torch.from_numpy(read_puzzles(path, 9))
 
-    train_set = cached_property(lambda self: self.part(0))    # read when first needed
-    test_set = cached_property(lambda self: self.part(1))
+    train_set = functools.cached_property(lambda self: self.part(0))     # read when first needed
+    test_set = functools.cached_property(lambda self: self.part(1))
 
     @property
     def about(self):
