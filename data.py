@@ -281,7 +281,7 @@ def random_grids(n, count, rng):
         broken, solved = propagate(c)
         out.append(c[:, :, solved])
         done += solved.sum()
-        c[:, :, broken | solved] = 2**n - 1
+        c[:, :, broken | solved] = 2**n - 1              # begin another board
         cell, size = narrowest(c, rng)
         flat, b = c.reshape(n * n, B), np.arange(B)
         bits, skip = flat[cell, b], (rng.random(B) * size).astype(int)
@@ -400,16 +400,17 @@ def read_shah(path):
     The k givens come first, with strategy 0. -> (2, N, 81) uint8. Raises ValueError.
     """
     raw = load_array(path)
-    if raw.shape[1] != 325:
-        raise ValueError(f"{path} must have 325 columns, not {raw.shape[1]}")
+    if raw.shape[1] != 325 or len(raw) == 0:
+        raise ValueError(f"{path} must have 325 columns and one row or more, not {raw.shape}")
     both = np.zeros((2, len(raw), 81), np.uint8)
     for start in range(0, len(raw), 100_000):            # in parts: int64 is large
         rows = np.asarray(raw[start:start + 100_000], dtype=np.int64)
         row, column, value, strategy = rows[:, 1:].reshape(-1, 81, 4).transpose(2, 0, 1)
         cell = row * 9 + column
         given = np.arange(81) < rows[:, :1]                                      # (n, 81)
-        good = ((np.sort(cell, 1) == np.arange(81)) & (column == column.clip(0, 8))
-                & (value == value.clip(1, 9)) & given[:, :1] & ((strategy == 0) == given))
+        good = ((np.sort(cell, 1) == np.arange(81))      # every cell once
+                & (column == column.clip(0, 8)) & (value == value.clip(1, 9))
+                & given[:, :1] & (given == (strategy == 0)))
         refuse(~good.all(1), f"{path}, row", range(start, len(raw)), "not the givens and then the "
                "blanks of a puzzle as (row 0-8, column 0-8, value 1-9, strategy)")
         puzzles, solutions = both[:, start:start + len(rows)]
@@ -479,19 +480,18 @@ def read_puzzles(path, n):
     """
     if str(path).endswith(".npy") and n == 9:
         both = read_shah(path)
-        kind, numbers = "row", np.arange(both.shape[1])
+        where, numbers = f"{path}, row", range(both.shape[1])
     else:
         with open(path, **TEXT_FILE) as lines:
             numbers, both = read_boards(lines, n, path)
-        kind, alone = "line", np.flatnonzero(~both[1].any(1))
+        where, alone = f"{path}, line", np.flatnonzero(~both[1].any(1))
         both[1, alone], found = solve(both[0, alone])
-        refuse(found == 0, f"{path}, line", numbers[alone], "the puzzle has no solution")
-        refuse(found > 1, f"{path}, line", numbers[alone], "the puzzle has several solutions")
+        refuse(found == 0, where, numbers[alone], "the puzzle has no solution")
+        refuse(found > 1, where, numbers[alone], "the puzzle has several solutions")
     puzzles, solutions = both
+    refuse(violations(solutions).any(1), where, numbers, "its solution breaks the rules")
     changed = (puzzles != 0) & (puzzles != solutions)
-    wrong = violations(solutions).any(1)
-    refuse(wrong, f"{path}, {kind}", numbers, "its solution breaks the rules")
-    refuse(changed.any(1), f"{path}, {kind}", numbers, "its solution changes a clue")
+    refuse(changed.any(1), where, numbers, "its solution changes a clue")
     return both
 
 
@@ -767,7 +767,7 @@ class WordPiece:
     """
 
     def __init__(self, vocab):
-        self.vocab, self.ids = vocab, {token: i for i, token in enumerate(vocab)}
+        self.ids = {token: i for i, token in enumerate(vocab)}
         for token in ("[UNK]", "[CLS]", "[SEP]"):
             if token not in self.ids:
                 raise ValueError(f"the vocabulary lacks {token}")
@@ -929,8 +929,8 @@ class Text:
         return self.rows(2, distinct(len(self.splits[2]), n, generator))
 
     def metrics(self, x, x0=None, given=None):
-        """Samples x (n, L) -> unigram entropy of a sample, nats, mean and deviation (Table 5);
-        distinct4: of all 4-grams of tokens in the samples, the share that are different.
+        """Samples x (n, L) -> entropy: of a sample's unigrams, nats, mean and deviation (Table 5);
+        distinct4: of all 4-grams of tokens, the share that are different.
         """
         p = torch.stack([torch.bincount(row, minlength=self.vocab_size) for row in x]) / x.shape[1]
         entropy = -torch.special.xlogy(p, p).sum(1)
@@ -975,7 +975,7 @@ def whole(path):
 def has_sha256(path, want):
     """Whether a file has this hex digest; None: any."""
     with open(path, "rb") as f:
-        return want in (None, hashlib.file_digest(f, "sha256").hexdigest())
+        return want is None or hashlib.file_digest(f, "sha256").hexdigest() == want
 
 
 def download(url, path, sha256=None, tries=4):
@@ -1034,7 +1034,9 @@ def fetch(url, part):
 
 def check_output(path):
     """Raises OSError unless `path`, a file to be written later or None, can be one."""
-    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+    if path is None:
+        return
+    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: it is a folder, or in none")
 
 
