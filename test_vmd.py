@@ -91,10 +91,10 @@ def changed(a, b, r):
 def test_blocks_depend_only_on_what_eq_7_lets_them(conditioning, pooling, r):
     L, K, V = 6, 6 // r, 3
     m = tiny(L, r, conditioning=conditioning, pooling=pooling)
-    x0 = torch.randint(V, (1, L), generator=torch.Generator().manual_seed(1))
+    x0 = torch.randint(V, (1, L), generator=gen(1))
     xt = x0.clone()
     xt[:, ::2] = V
-    z = torch.randn(1, K, 3, generator=torch.Generator().manual_seed(2))
+    z = torch.randn(1, K, 3, generator=gen(2))
     logits, (mu, logvar) = m.decode(xt, x0, z), m.encode(xt, x0)
     for b in range(K):
         at = slice(b * r, (b + 1) * r)
@@ -344,7 +344,7 @@ def per_block(model, x0, masked, hidden, e):
 
 @torch.no_grad()
 def test_nelbo_is_a_bound_and_the_printed_value_is_not():
-    m, eps = PerfectPairs(1), torch.randn(20, 1, 1, generator=torch.Generator().manual_seed(0))
+    m, eps = PerfectPairs(1), torch.randn(20, 1, 1, generator=gen(0))
     for steps in (1, 2, 4, 64, None):
         bound = exact(m, PAIRS, "nelbo", steps, eps).mean()
         assert bound >= LN10
@@ -363,7 +363,7 @@ def test_without_latents_the_bounds_have_known_values():
     m, eps = PerfectPairs(0), torch.zeros(1, 1, 0)
     for steps, want in ((1, 2 * LN10), (2, 1.5 * LN10), (None, LN10)):
         assert_close(exact(m, PAIRS, "nelbo", steps, eps).mean().item(), want, rtol=1e-4, atol=0)
-        noise = draw_noise(100_000, 2, 2, 0, steps, 1e-5, torch.Generator().manual_seed(1))
+        noise = draw_noise(100_000, 2, 2, 0, steps, 1e-5, gen(1))
         x0 = PAIRS.repeat(10_000, 1)
         assert_close(objective(m, x0, noise, "nelbo")[0].mean().item(), want, rtol=0.01, atol=0)
         # printed = NELBO without z
@@ -375,7 +375,7 @@ def test_without_latents_the_bounds_have_known_values():
                                          ("nelbo", 2), ("nelbo", 4), ("vmd", 2)])
 @torch.no_grad()
 def test_monte_carlo_agrees_with_the_sum_over_all_masks(L, r, Z, kind, steps):
-    m, g, n = tiny(L, r, Z), torch.Generator().manual_seed(3), 40_000
+    m, g, n = tiny(L, r, Z), gen(3), 40_000
     x0, eps = torch.randint(3, (1, L), generator=g), torch.randn(3, L // r, Z, generator=g)
     noise = draw_noise(n, L, r, Z, steps, 1e-6, g)
     # the same three draws that are summed over
@@ -430,7 +430,7 @@ def test_iwae_is_unbiased_and_lies_between_the_exact_nll_and_nelbo(Z, steps):
     weights = torch.exp(-grid[:, 0, 0].double() ** 2 / 2) / math.sqrt(2 * math.pi) * 18 / 2000
     nll = exact_nll(m, x0, steps, grid, weights if Z else torch.ones(2001,
                                                                      dtype=torch.float64) / 2001)
-    g = torch.Generator().manual_seed(5)
+    g = gen(5)
     if Z:
         with torch.no_grad():
             m.encoder.head.bias[1] = 0.0    # sigma near 1: importance weights with a small variance
@@ -457,14 +457,13 @@ def test_iwae_weights_of_several_blocks_are_those_of_the_sampler(prior):
     m.encoder.head.bias.data[1] = 0.0
     every = list(itertools.product(range(3), repeat=2))
     probs = [(-iwae(m, torch.tensor([x]).expand(n, 2), 1, 1,
-                    generator=torch.Generator().manual_seed(i)).double()).exp()
+                    generator=gen(i)).double()).exp()
              for i, x in enumerate(every)]
     se = sum(p.var() / n for p in probs).sqrt().item()
     # sums to one over all x_0
     assert abs(sum(p.mean() for p in probs).item() - 1) < 4 * se and se < 0.03
     # and one step of the sampler draws each x_0 as often
-    x = diffusion.sample(m, torch.full((n, 2), 3), 1, temperature=1.0,
-                         generator=torch.Generator().manual_seed(99))
+    x = diffusion.sample(m, torch.full((n, 2), 3), 1, temperature=1.0, generator=gen(99))
     for p, want in zip(probs, every):
         share = (x == torch.tensor(want)).all(1).double().mean().item()
         spread = math.sqrt(share * (1 - share) / n + p.var().item() / n)
@@ -498,7 +497,7 @@ def test_priors_depend_on_what_they_may():
 @pytest.mark.parametrize("kind", ["vmd", "nelbo"])
 @pytest.mark.parametrize("prior", network.PRIOR[:3])
 def test_kl_is_that_of_the_chain_of_priors(prior, kind, idle):
-    m, g = tiny(6, 2, prior=prior), torch.Generator().manual_seed(0)
+    m, g = tiny(6, 2, prior=prior), gen(0)
     x0, eps = torch.randint(3, (5, 6), generator=g), torch.randn(5, 3, 3, generator=g)
     noise = Noise(torch.full((5, 3), 0.5), torch.rand(5, 6, generator=g), eps)
     noise.u[:, ::2] = 0.1                                    # something masked in each block,
@@ -684,7 +683,7 @@ def test_gaussian_kl_is_that_of_torch_distributions():
 @pytest.mark.parametrize("conditioning, pooling, prior", [
     ("adaln", "mean", "standard"), ("shared", "gated", "block"), ("add", "mean", "noised")])
 def test_gradients_by_finite_differences(kind, conditioning, pooling, prior):
-    g = torch.Generator().manual_seed(7)
+    g = gen(7)
     m = tiny(4, 2, conditioning=conditioning, pooling=pooling, prior=prior)
     x0, noise = torch.randint(3, (16, 4), generator=g), draw_noise(16, 4, 2, 3, t_min=0.2,
                                                                    generator=g)
@@ -721,7 +720,7 @@ def test_kl_weight_multiplies_the_kl_alone():
 
 def test_noise_is_stratified_and_masks_with_probability_t():
     for steps in (None, 4):
-        n = draw_noise(50, 8, 2, 3, steps, 0.01, torch.Generator().manual_seed(8))
+        n = draw_noise(50, 8, 2, 3, steps, 0.01, gen(8))
         assert n.t.shape == (50, 4) and n.u.shape == (50, 8) and n.eps.shape == (50, 4, 3)
         t = n.t.flatten().sort().values
         if steps:
@@ -731,8 +730,7 @@ def test_noise_is_stratified_and_masks_with_probability_t():
             cells = ((1 - t) / 0.99 * 200).clamp(max=199.999).floor()
             # one in each of 200 cells
             assert cells.unique().numel() >= 199 and t.min() > 0.01 and t.max() <= 1
-    assert draw_noise(1000, 2, 2, 0,
-                      generator=torch.Generator().manual_seed(0)).t.mean().sub(0.5005).abs() < 1e-3
+    assert draw_noise(1000, 2, 2, 0, generator=gen(0)).t.mean().sub(0.5005).abs() < 1e-3
     seen = []
 
     class Spy(PerfectPairs):
@@ -771,7 +769,7 @@ class Recorder:
 
     def __init__(self, r):
         self.block_size, self.calls, self.encoded = r, [], []
-        self.g = torch.Generator().manual_seed(9)
+        self.g = gen(9)
 
     def prior(self, xt, x0, z):
         return (torch.zeros(len(xt), xt.shape[1] // self.block_size, 2),) * 2
@@ -794,7 +792,7 @@ class Recorder:
 @pytest.mark.parametrize("latent", DRAWN)
 def test_sampler_reveals_floor_counts_in_exactly_n_evaluations(remask, latent):
     L, r, N, V = 14, 7, 5, 5
-    x = torch.randint(V, (6, L), generator=torch.Generator().manual_seed(1))
+    x = torch.randint(V, (6, L), generator=gen(1))
     hidden = torch.zeros(6, L, dtype=torch.bool)
     for i, m in enumerate([7, 6, 5, 3, 1, 0]):        # rows with different M, one with none
         hidden[i, r - m: r], hidden[i, L - m:] = m > 0, m > 0
@@ -906,7 +904,7 @@ def test_tokens_are_drawn_in_float64_and_from_the_right_distribution():
     assert draw_tokens(rare, 1.0, u).item() == 1 and draw_tokens(rare, 1.0, u - 1e-9).item() == 0
     logits, n = torch.tensor([1.0, 0.0, -1.0]), 100_000
     for temperature in (0.5, 1.0, 2.0):
-        u = torch.rand(n, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        u = torch.rand(n, 1, dtype=torch.float64, generator=gen(2))
         x = draw_tokens(logits.expand(n, 1, 3), temperature, u)
         assert_close(torch.bincount(x[:, 0]) / n, (logits / temperature).softmax(0), atol=0.006,
                      rtol=0)
@@ -1018,7 +1016,7 @@ def test_a_device_without_float64_makes_no_float64_tensor(monkeypatch):
 
 def test_the_latent_buys_the_joint_in_one_step():
     ds, masks = data.load("pairs"), torch.full((20_000, 2), 10)
-    g = torch.Generator().manual_seed(0)
+    g = gen(0)
     with_z = ds.metrics(diffusion.sample(PerfectPairs(1), masks, 1, generator=g))
     assert with_z["acc"] == 1 and with_z["kl"] < 0.001
     without = ds.metrics(diffusion.sample(PerfectPairs(0), masks, 1, temperature=1.0, generator=g))
@@ -1957,7 +1955,7 @@ def test_the_latent_learns_pairs_and_the_baseline_cannot(tmp_path):
         assert train.main(flags) == 0
         m, ckpt = load_checkpoint(tmp_path / Z / "last.pt")
         x = diffusion.sample(m, torch.full((5000, 2), 10), 1, temperature=0.0 if Z == "8" else 1.0,
-                             generator=torch.Generator().manual_seed(0))
+                             generator=gen(0))
         results[Z] = data.load("pairs").metrics(x)["acc"]
     assert results["8"] > 0.8 and results["0"] < 0.15, results
 
