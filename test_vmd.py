@@ -3,9 +3,11 @@
     python -m pytest -q test_vmd.py        # CPU, offline, a few minutes
 """
 
+import contextlib
 import functools
 import hashlib
 import http.server
+import importlib.util
 import io
 import itertools
 import json
@@ -49,6 +51,48 @@ LN2, LN10 = math.log(2), math.log(10)
 
 def gen(seed):
     return torch.Generator().manual_seed(seed)
+
+
+FAST = ("--steps 6 --batch-size 8 --layers 2 --encoder-layers 1 --width 16 --heads 2 --latent-dim 4 "
+        "--ema 0 --log-every 2 --eval-every 3").split()
+SCRIPTS = dict(train=train, sample=sampling, eval=evaluation)
+
+
+def fast(out, flags="", status=0):
+    """Trains for six steps into a folder -> its checkpoint, a dict."""
+    assert train.main([*FAST, "--out", str(out), *flags.split()]) == status
+    return weights(out)
+
+
+def resumed(out):
+    """Goes on in a folder -> its checkpoint."""
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    return weights(out)
+
+
+def weights(folder, name="last.pt"):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+@pytest.fixture
+def user(trained, monkeypatch, capsys):
+    """user("sample", "--num 3") runs a script in the folder `trained` -> what it printed."""
+    monkeypatch.chdir(trained)
+
+    def call(script, flags=""):
+        capsys.readouterr()
+        assert SCRIPTS[script].main(shlex.split(flags)) == 0
+        return capsys.readouterr().out
+    return call
 
 
 @pytest.fixture(autouse=True)
@@ -652,18 +696,15 @@ def test_given_tokens_choose_z_from_its_posterior():
 
 
 def test_the_bank_is_of_training_sequences_and_survives_a_resume(tmp_path):
-    flags = FAST + ["--prior", "aggregate", "--bank", "30", "--dataset", "d1", "--block-size", "2",
-                    "--ema", "0.9"]
-    assert train.main(flags + ["--out", str(tmp_path / "a")]) == 0
-    m, ckpt = load_checkpoint(tmp_path / "a" / "last.pt")
+    fast(tmp_path, "--prior aggregate --bank 30 --dataset d1 --block-size 2 --ema 0.9")
+    m, ckpt = load_checkpoint(tmp_path / "last.pt")
     x0, _ = data.load("d1").batch(30, gen(3))
     mu, logvar = m.encode(torch.full_like(x0, 10), x0)   # all masked; blocks pooled
     assert_close(m.bank, torch.stack([mu.flatten(0, 1), logvar.flatten(0, 1)])[:, :30])
     assert m.mixture and not (ckpt["model"]["bank"] == ckpt["ema"]["bank"]).all()
-    assert train.main(["--resume", "--out", str(tmp_path / "a")]) == 0
-    assert torch.equal(weights(tmp_path / "a")["ema"]["bank"], m.bank)
-    assert evaluation.main(["--ckpt", str(tmp_path / "a/last.pt"), "--num", "20", "--bound-num",
-                            "9", "--latent", "none"]) == 0
+    assert torch.equal(resumed(tmp_path)["ema"]["bank"], m.bank)
+    flags = f"--ckpt {tmp_path}/last.pt --num 20 --bound-num 9 --latent none"
+    assert evaluation.main(flags.split()) == 0
 
 
 def test_gaussian_kl_is_that_of_torch_distributions():
@@ -1672,63 +1713,47 @@ def test_a_latent_is_turned_into_conditioning_once(latent, nfe, want):
 
 # ---- training
 
-FAST = ["--steps", "6", "--batch-size", "8", "--layers", "2", "--encoder-layers", "1", "--width",
-        "16", "--heads", "2", "--latent-dim", "4", "--ema", "0", "--log-every", "2",
-        "--eval-every", "3"]
-
-
-def weights(folder, name="last.pt"):
-    return torch.load(Path(folder) / name, weights_only=True)
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[k], b[k]) for k in a)
-
-
 def test_settings_come_from_the_preset_and_then_from_the_flags():
-    a = train.parse([])[0]
-    assert (a.preset, a.dataset, a.layers, a.kl_weight, a.t_min) == ("small", "pairs", 3, 1.5, 0.5)
-    a = train.parse(["--dataset", "needle", "--kl-weight", "4"])[0]
-    assert (a.kl_weight, a.kl_start, a.batch_size) == (4, 0.01, 128)
-    a = train.parse(["--preset", "paper", "--kl-weight", "2"])[0]                        # C.1
-    assert (a.layers, a.encoder_layers, a.batch_size, a.lr) == (8, 2, 10_000, 1e-3)
-    assert [train.kl_weight_at(s, a) for s in (0, 500, 2000)] == [2, 2, 2]               # constant
-    assert [train.lr_at(s, a) for s in (0, 1999)] == [1e-3, 1e-3]
-    assert train.parse(["--preset", "paper"])[0].kl_weight == 4
-    a = train.parse(["--dataset", "sudoku", "--preset", "paper"])[0]                     # C.2
-    assert (a.grid, a.layout, a.batch_size, a.lr, a.decay_from) == (9, "prefix", 1024, 1e-3, 0)
+    for flags, want in (
+            ("", dict(preset="small", dataset="pairs", layers=3, kl_weight=1.5, t_min=0.5)),
+            ("--dataset needle --kl-weight 4", dict(kl_weight=4, kl_start=0.01, batch_size=128)),
+            ("--preset paper", dict(kl_weight=4, kl_start=4)),                           # C.1
+            ("--preset paper --kl-weight 2", dict(layers=8, encoder_layers=2, batch_size=10_000,
+                                                  lr=1e-3, kl_weight=2)),
+            ("--preset paper --dataset sudoku",                                          # C.2
+             dict(grid=9, layout="prefix", batch_size=1024, lr=1e-3, decay_from=0)),
+            ("--preset paper --dataset text8",                                           # C.3
+             dict(layers=8, heads=8, encoder_layers=4, latent_dim=128, lr=3e-4, warmup=2500,
+                  batch_size=512, ema=0.9999, conditioning="add", block_size=4, width=256,
+                  dtype="float32", objective="vmd", objective_steps=0)),
+            ("--dataset text8", dict(objective="nelbo", objective_steps=2))):
+        assert vars(train.parse(flags.split())[0]).items() >= want.items(), flags
+    a = train.parse(["--preset", "paper", "--kl-weight", "2"])[0]        # constant schedules
+    assert {train.kl_weight_at(s, a) for s in (0, 500, 2000)} == {2}
+    assert {train.lr_at(s, a) for s in (0, 1999)} == {1e-3}
+    a = train.parse(["--dataset", "sudoku", "--preset", "paper"])[0]
     assert abs(a.steps * a.batch_size / 300 - 1.8e6) < 2000
     m = VMD(Config(12, 164, 164, prefix_len=82, **{k: getattr(a, k) for k in train.NETWORK}))
     n = m.param_counts()
     assert abs((n["decoder"] + n["latent pathway"]) / 5.2e6 - 1) < 0.03
-    a = train.parse(["--dataset", "text8", "--preset", "paper"])[0]                      # C.3
-    assert (a.layers, a.heads, a.encoder_layers, a.latent_dim) == (8, 8, 4, 128)
-    assert (a.lr, a.warmup, a.batch_size, a.ema) == (3e-4, 2500, 512, 0.9999)
-    assert (a.conditioning, a.block_size, a.width, a.dtype) == ("add", 4, 256, "float32")
-    assert (a.objective, a.objective_steps) == ("vmd", 0)
-    a = train.parse(["--dataset", "text8"])[0]
-    assert (a.objective, a.objective_steps) == ("nelbo", 2)
 
 
 def test_schedules():
     a = train.parse("--decay-from 0 --kl-start 0.01 --kl-weight 4 --kl-ramp 0.2 0.6 --lr 0.1 "
                     "--warmup 10 --steps 110".split())[0]
-    assert [train.kl_weight_at(s, a) for s in (0, 22, 66, 110)] == pytest.approx([0.01, 0.01, 4, 4])
-    assert train.kl_weight_at(44, a) == pytest.approx(0.2)                   # the geometric mean
-    assert [train.lr_at(s, a) for s in (0, 9, 10, 60, 110)] == pytest.approx([0.01, 0.1, 0.1, 0.05,
-                                                                              0])
-    a.decay_from = 0.5
-    assert [train.lr_at(s, a) for s in (54, 55, 82.5, 110)] == pytest.approx([0.1, 0.1, 0.05, 0])
-    a.decay_from = 1
-    assert train.lr_at(109, a) == 0.1
+    kl_weights = [train.kl_weight_at(s, a) for s in (0, 22, 44, 66, 110)]
+    assert kl_weights == pytest.approx([0.01, 0.01, 0.2, 4, 4])          # the geometric mean
+    for decay_from, steps, rates in (
+            (0, (0, 9, 10, 60, 110), (0.01, 0.1, 0.1, 0.05, 0)),
+            (0.5, (54, 55, 82.5, 110), (0.1, 0.1, 0.05, 0)), (1, (109,), (0.1,))):
+        a.decay_from = decay_from
+        assert [train.lr_at(s, a) for s in steps] == pytest.approx(list(rates))
 
 
 @pytest.mark.parametrize("ema, signal_name", [("0", "SIGINT"), ("0.9", "SIGTERM")])
 def test_interrupted_and_resumed_training_is_bit_identical(tmp_path, monkeypatch, ema, signal_name):
-    flags = FAST + ["--ema", ema, "--dataset", "d1", "--block-size", "2"]
-    assert train.main(flags + ["--out", str(tmp_path / "a"), "--log-every", "5", "--eval-every",
-                               "6"]) == 0
+    flags = f"--ema {ema} --dataset d1 --block-size 2"
+    a = fast(tmp_path / "a", flags + " --log-every 5 --eval-every 6")
     schedule = train.kl_weight_at
 
     def interrupt(step, a):
@@ -1736,25 +1761,20 @@ def test_interrupted_and_resumed_training_is_bit_identical(tmp_path, monkeypatch
             signal.raise_signal(getattr(signal, signal_name))
         return schedule(step, a)
     monkeypatch.setattr(train, "kl_weight_at", interrupt)
-    assert train.main(flags + ["--out", str(tmp_path / "b")]) == 130
+    assert fast(tmp_path / "b", flags, status=130)["step"] == 4          # after the signal's step
     monkeypatch.undo()
-    assert weights(tmp_path / "b")["step"] == 4        # saved after the step that the signal hit
-    assert train.main(["--resume", "--out", str(tmp_path / "b")]) == 0
-    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
-    assert same(a["model"], b["model"]) and (ema == "0" or same(a["ema"], b["ema"]))
-    assert a["step"] == b["step"] == 6 and (ema == "0") == (a["ema"] is None)
+    b = resumed(tmp_path / "b")
+    assert a["step"] == b["step"] == 6 and same(a["model"], b["model"])
+    assert a["ema"] is b["ema"] is None if ema == "0" else same(a["ema"], b["ema"])
 
 
 def test_a_finished_run_resumes_to_itself_and_a_new_one_moves_it_aside(tmp_path, capsys):
-    assert train.main(FAST + ["--out", str(tmp_path)]) == 0
-    before = weights(tmp_path)["model"]
-    assert train.main(["--resume", "--out", str(tmp_path)]) == 0
-    assert same(before, weights(tmp_path)["model"])
+    first = fast(tmp_path)["model"]
+    assert same(first, resumed(tmp_path)["model"])
     shutil.copytree(tmp_path, tmp_path / "copy")       # a resumed run writes where it reads
-    assert train.main(["--resume", "--out", str(tmp_path / "copy")]) == 0
-    assert train.main(FAST + ["--out", str(tmp_path), "--seed", "1"]) == 0
-    assert same(before, weights(tmp_path / "1")["model"])
-    assert not same(before, weights(tmp_path)["model"])
+    resumed(tmp_path / "copy")
+    assert not same(first, fast(tmp_path, "--seed 1")["model"])
+    assert same(first, weights(tmp_path / "1")["model"])
     assert f"moved the earlier run in {tmp_path}" in capsys.readouterr().out
 
 
@@ -1764,19 +1784,17 @@ def gradients(folder):
 
 
 def test_two_processes_and_two_micro_batches_give_the_gradient_of_one(tmp_path):
-    flags = FAST + ["--steps", "1", "--clip", "0", "--dataset", "d2", "--block-size", "2",
-                    "--batch-size", "16"]
-    assert train.main(flags + ["--out", str(tmp_path / "one")]) == 0
-    assert train.main(flags + ["--out", str(tmp_path / "accum"), "--grad-accum", "2"]) == 0
+    flags = "--steps 1 --clip 0 --dataset d2 --block-size 2 --batch-size 16"
+    fast(tmp_path / "one", flags)
+    fast(tmp_path / "accum", flags + " --grad-accum 2")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-           str(HERE / "train.py"), *flags, "--out", str(tmp_path / "both"), "--grad-accum", "2"]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=180)
+           str(HERE / "train.py"), *FAST, *flags.split(), "--grad-accum", "2", "--out", "both"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     one = gradients(tmp_path / "one")
     assert max(g.abs().max() for g in one) > 1e-3
     for other in ("accum", "both"):
-        for a, b in zip(one, gradients(tmp_path / other), strict=True):
-            assert_close(a, b, rtol=1e-4, atol=1e-7)
+        assert_close(gradients(tmp_path / other), one, rtol=1e-4, atol=1e-7)
 
 
 # A run that ends itself in the `nth` call of a function, before or after it does its work.
@@ -1852,86 +1870,79 @@ def test_a_run_that_dies_anywhere_resumes_to_the_same_end(tmp_path, world):
 
 def test_a_save_that_fails_says_so_and_leaves_the_old_checkpoint(tmp_path, monkeypatch, capsys):
     plain = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: plain(a, b) if not Path(b).exists() else
-                        (_ for _ in ()).throw(OSError("disk full")))
-    assert train.main(FAST + ["--out", str(tmp_path)]) == 2
+
+    def full(a, b):
+        if Path(b).exists():
+            raise OSError("disk full")
+        plain(a, b)
+    monkeypatch.setattr(os, "replace", full)
+    assert fast(tmp_path, status=2)["step"] == 3
     err = capsys.readouterr().err
     assert err.startswith("train.py: cannot write") and "disk full" in err and err.count("\n") == 1
-    assert load_checkpoint(tmp_path / "last.pt")[1]["step"] == 3
 
 
 @pytest.mark.parametrize("factors", [(1, math.nan, 1), (1, 1, math.inf), (1e38, 1, 1)])
 def test_what_is_not_finite_stops_training_and_the_last_good_checkpoint_stays(
         tmp_path, capsys, monkeypatch, factors):
     """A reconstruction, a KL, a gradient that is not finite, in step 5."""
-    plain = train.objective
+    plain, calls = train.objective, itertools.count(1)
 
     def poisoned(*args):
-        poisoned.calls += 1
-        return [v * (f if poisoned.calls == 5 else 1) for v, f in zip(plain(*args), factors)]
-    poisoned.calls = 0
+        bad = next(calls) == 5
+        return [v * (f if bad else 1) for v, f in zip(plain(*args), factors)]
     monkeypatch.setattr(train, "objective", poisoned)
     monkeypatch.setattr(train, "evaluate", lambda *a, **k: dict(loss=1.0, active=[1]))
-    assert train.main(FAST + ["--out", str(tmp_path)]) == 1
+    kept = fast(tmp_path, status=1)
     out = capsys.readouterr().out
     assert f"not finite in steps 5 to 6; {tmp_path}/last.pt is from before" in out
-    kept = weights(tmp_path)
     assert kept["step"] == 3 and all(v.isfinite().all() for v in kept["model"].values())
 
 
-def test_decoder_from_a_pretrained_baseline_trained_on_or_frozen(tmp_path):
-    base = tmp_path / "mdm"
-    assert train.main(FAST + ["--latent-dim", "0", "--ema", "0.9", "--out", str(base)]) == 0
-    for flags, moves in (([], True), (["--freeze-decoder"], False)):
-        out = tmp_path / f"vmd{moves}"
-        assert train.main(FAST + flags + ["--prior", "noised", "--init-from",
-                                          str(base / "last.pt"), "--out", str(out)]) == 0
-        a, b = weights(base)["ema"], weights(out)["model"]       # averaged weights, where there are
-        assert same(a, {k: b[k] for k in a}) != moves
-        moments = [s["exp_avg"] for s in weights(out)["optimizer"]["state"].values()]
-        assert sum(m.any().item() for m in moments) == len(b if moves else b.keys() - a.keys())
-    tuned = load_checkpoint(tmp_path / "vmdFalse" / "last.pt")[0]
-    x, z = torch.full((3, 2), 10), torch.randn(3, 1, 4)
-    with torch.no_grad():
-        tuned.conditioner.mod.weight.zero_()        # without z's push it is the baseline, exactly
-        assert_close(tuned.decode(x, x.clamp(max=9), z),
-                     load_checkpoint(base / "last.pt")[0].decode(x, x.clamp(max=9), None))
+@pytest.mark.parametrize("flags", ["", "--freeze-decoder"])
+def test_decoder_from_a_pretrained_baseline_trained_on_or_frozen(tmp_path, flags):
+    base = fast(tmp_path / "mdm", "--latent-dim 0 --ema 0.9")["ema"]     # averaged where there are
+    init = f" --prior noised --init-from {tmp_path}/mdm/last.pt"
+    ckpt = fast(tmp_path / "vmd", flags + init)
+    tuned = ckpt["model"]
+    assert same(base, {k: tuned[k] for k in base}) == bool(flags)
+    moments = [s["exp_avg"] for s in ckpt["optimizer"]["state"].values()]
+    moved = tuned.keys() - base.keys() if flags else tuned
+    assert sum(m.any().item() for m in moments) == len(moved)
+    if flags:        # without z's push it is the baseline, exactly
+        (mdm, _), (m, _) = (load_checkpoint(tmp_path / n / "last.pt") for n in ("mdm", "vmd"))
+        x, z = torch.full((3, 2), 10), torch.randn(3, 1, 4)
+        m.conditioner.mod.weight.data.zero_()
+        assert_close(m.decode(x, x.clamp(max=9), z), mdm.decode(x, x.clamp(max=9), None))
 
 
-@pytest.mark.parametrize("L, V, flags", [
-    (1, 2, ["--batch-size", "1"]), (3, 2, ["--block-size", "1", "--batch-size", "1"]),
-    (2, 3, ["--latent-dim", "0", "--batch-size", "1"])])
-def test_the_smallest_sizes_train_sample_and_evaluate(tmp_path, monkeypatch, capsys, L, V, flags):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("L, V, flags", [(1, 2, ""), (3, 2, "--block-size 1"),
+                                         (2, 3, "--latent-dim 0")])
+def test_the_smallest_sizes_train_sample_and_evaluate(user, L, V, flags):
     np.save("x.npy", np.arange(20 * L).reshape(20, L) % V)
-    assert train.main(FAST + ["--dataset", "array", "--data-path", "x.npy", *flags]) == 0
-    capsys.readouterr()
-    for blanks, nfe in (("_", "1"), ("0", "1"), ("_", "7")):       # all masked, all given
-        assert sampling.main(["--num", "3", "--nfe", nfe, "--prompt", " ".join([blanks] * L)]) == 0
-        words = capsys.readouterr().out.split()
+    fast("least", f"--dataset array --data-path x.npy --batch-size 1 {flags}")
+    for blank, nfe in (("_", 1), ("0", 1), ("_", 7)):       # all masked, all given
+        prompt = " ".join(blank * L)
+        words = user("sample", f"--ckpt least/last.pt --num 3 --nfe {nfe} --prompt '{prompt}'")
+        words = words.split()
         assert len(words) == 3 * L and set(words) <= set("012"[:V])
-        assert blanks == "_" or set(words) == {"0"}
-    assert evaluation.main(["--json", "r.json", "--iwae", "2", "--bound-num", "50"]) == 0
-    assert all(math.isfinite(b["nats"]) for b in json.loads(Path("r.json").read_text())["bounds"])
+        assert blank == "_" or set(words) == {"0"}
+    user("eval", "--ckpt least/last.pt --json r.json --iwae 2 --bound-num 50")
+    assert all(math.isfinite(b["nats"]) for b in read_json("r.json")["bounds"])
 
 
 def test_extreme_posteriors_and_times_give_finite_losses_and_gradients():
-    m = VMD(Config(3, 4, 2, 16, 2, 1, 1, 2))
-    x0 = torch.tensor([[0, 1, 2, 0]] * 6)
-    for bias in (-1e30, 1e30, 0.0):
-        with torch.no_grad():
-            m.encoder.head.bias[2:] = bias               # log variances
-        for t in (1e-5, 1.0):
-            noise = diffusion.draw_noise(6, 4, 2, 2, generator=gen(0))
-            noise.t.fill_(t)
-            for u in (0.0, 1 - 1e-7):                    # all masked, none
-                noise.u.fill_(u)
-                for kind in ("vmd", "nelbo"):
-                    m.zero_grad()
-                    loss = diffusion.objective(m, x0, noise, kind)[0]
-                    loss.sum().backward()
-                    assert loss.isfinite().all()
-                    assert all(p.grad is None or p.grad.isfinite().all() for p in m.parameters())
+    m, x0 = VMD(Config(3, 4, 2, 16, 2, 1, 1, 2)), torch.tensor([[0, 1, 2, 0]] * 6)
+    noise = draw_noise(6, 4, 2, 2, generator=gen(0))
+    for logvar, t, u, kind in itertools.product(
+            (-1e30, 1e30, 0.0), (1e-5, 1.0), (0.0, 1 - 1e-7), ("vmd", "nelbo")):
+        m.encoder.head.bias.data[2:] = logvar
+        noise.t.fill_(t)
+        noise.u.fill_(u)                                 # all masked, none
+        m.zero_grad()
+        loss = objective(m, x0, noise, kind)[0]
+        loss.sum().backward()
+        assert loss.isfinite().all()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in m.parameters())
 
 
 def test_averaged_weights_follow_their_definition():
@@ -1947,46 +1958,41 @@ def test_averaged_weights_follow_their_definition():
 
 def test_the_latent_learns_pairs_and_the_baseline_cannot(tmp_path):
     """The claim of the paper, small: one step, two tokens that depend on each other."""
-    results = {}
-    for Z in ("8", "0"):
-        flags = ["--layers", "2", "--width", "32", "--heads", "2", "--latent-dim", Z, "--steps",
-                 "400", "--batch-size", "256",
-                 "--eval-every", "400", "--out", str(tmp_path / Z), "--lr", "3e-3"]
-        assert train.main(flags) == 0
-        m, ckpt = load_checkpoint(tmp_path / Z / "last.pt")
-        x = diffusion.sample(m, torch.full((5000, 2), 10), 1, temperature=0.0 if Z == "8" else 1.0,
-                             generator=gen(0))
-        results[Z] = data.load("pairs").metrics(x)["acc"]
-    assert results["8"] > 0.8 and results["0"] < 0.15, results
+    acc = {}
+    for Z in (8, 0):
+        fast(tmp_path, f"--latent-dim {Z} --width 32 --steps 400 --batch-size 256 --lr 3e-3 "
+             "--ema 0.99 --log-every 400 --eval-every 400")
+        m, _ = load_checkpoint(tmp_path / "last.pt")
+        x = diffusion.sample(m, torch.full((5000, 2), 10), generator=gen(0))
+        acc[Z] = data.load("pairs").metrics(x)["acc"]
+    assert acc[8] > 0.8 and acc[0] < 0.15, acc
 
 
 def test_best_is_not_overwritten_by_worse(tmp_path, monkeypatch):
     losses = iter([2.0, 1.0, 3.0])
     monkeypatch.setattr(train, "evaluate", lambda *a, **k: dict(loss=next(losses, 9.0), active=[1],
                                                                 sampled_acc=0.0, sampled_kl=0.0))
-    assert train.main(FAST + ["--eval-every", "2", "--out", str(tmp_path)]) == 0
-    assert weights(tmp_path, "best.pt")["step"] == 4 and weights(tmp_path, "best.pt")["best"] == 1.0
-    assert weights(tmp_path)["step"] == 6
+    assert fast(tmp_path, "--eval-every 2")["step"] == 6
+    best = weights(tmp_path, "best.pt")
+    assert best["step"] == 4 and best["best"] == 1.0
     lines = [json.loads(s) for s in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if "eval" in r] == [2, 4, 6]
 
 
-def test_the_collapse_message_comes_once_and_its_advice_works(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flags, advice", [
+    ("", "lower --kl-start or --kl-weight"),
+    ("--preset paper --batch-size 8", "add --kl-start 1e-3"),
+    ("--preset paper --batch-size 8 --kl-start 1e-3", "lower --kl-start or --kl-weight"),
+    ("--dataset sudoku --grid 4 --puzzles 300", "z is not used, and need not be")])
+def test_the_collapse_message_comes_once_and_its_advice_works(
+        user, monkeypatch, capsys, flags, advice):
     monkeypatch.setattr(train, "active_units", lambda *a, **k: torch.zeros(1, dtype=torch.long))
-    flags = FAST + ["--eval-every", "2"]
-    for more, advice in (([], "lower --kl-start or --kl-weight"),
-                         (["--preset", "paper", "--batch-size", "8"], "add --kl-start 1e-3")):
-        assert train.main(flags + more + ["--out", str(tmp_path)]) == 0
-        out = capsys.readouterr().out
-        assert out.count("no unit is active") == 1 and advice in out
-    assert "the KL weight is constant" in out and "--kl-start 1e-3" in out
-    assert train.main(flags + ["--preset", "paper", "--kl-start", "1e-3", "--batch-size", "8",
-                               "--out", str(tmp_path)]) == 0   # what it advises
-    assert "the KL weight is constant" not in capsys.readouterr().out
-    assert train.main(flags + ["--dataset", "sudoku", "--grid", "4", "--puzzles", "300",
-                               "--data-dir", str(tmp_path), "--out", str(tmp_path)]) == 0
+    fast("idle", "--eval-every 2 " + flags)
     out = capsys.readouterr().out
-    assert out.count("z is not used, and need not be") == 1 and "collapsed" not in out
+    assert out.count(advice) == 1
+    assert out.count("no unit is active") == ("sudoku" not in flags)
+    constant = "paper" in flags and "--kl-start" not in flags
+    assert ("the KL weight is constant" in out) == constant
 
 
 # ---- scripts, as users run them
@@ -1994,18 +2000,13 @@ def test_the_collapse_message_comes_once_and_its_advice_works(tmp_path, monkeypa
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder in which a user has run train.py, briefly."""
-    folder, here = tmp_path_factory.mktemp("user"), os.getcwd()
+    folder = tmp_path_factory.mktemp("user")
     (folder / "t.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 100)
     np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 5, (40, 6)))
     run_script(folder, "train.py", *FAST)
-    os.chdir(folder)
-    try:
-        assert train.main([*FAST, "--dataset", "sudoku", "--grid", "4", "--puzzles", "300", "--out",
-                           "sud"]) == 0
-        assert train.main([*FAST, "--dataset", "text", "--data-path", "t.txt", "--length", "16",
-                           "--out", "txt"]) == 0
-    finally:
-        os.chdir(here)
+    with contextlib.chdir(folder):
+        fast("sud", "--dataset sudoku --grid 4 --puzzles 300")
+        fast("txt", "--dataset text --data-path t.txt --length 16")
     return folder
 
 
@@ -2020,215 +2021,186 @@ def test_scripts_run_one_after_the_other_without_flags(trained):
     assert {p.name for p in (trained / "out").iterdir()} == {"last.pt", "best.pt", "log.jsonl"}
     lines = run_script(trained, "sample.py").stdout.splitlines()
     assert len(lines) == 10 and all(re.fullmatch(r"\d \d", s) for s in lines)
-    out = run_script(trained, "eval.py", "--num", "200", "--bound-num", "100", "--nfe", "1", "2",
-                     "--iwae", "2", "--remask", "prob",
-                     "margin", "--latent", "fixed", "encoder", "--json", "r.json").stdout
+    flags = ("--num 200 --bound-num 100 --nfe 1 2 --iwae 2 --remask prob margin "
+             "--latent fixed encoder --json r.json").split()
+    out = run_script(trained, "eval.py", *flags).stdout
     assert "not a bound" in out and "generated" in out and "active latent units" in out
-    r = json.loads((trained / "r.json").read_text())
-    assert {"dataset", "checkpoint", "step", "seed", "device", "seconds", "params", "rows",
-            "bounds"} <= r.keys()
-    assert len(r["rows"]) == 8 and {"nfe", "remask", "temperature", "latent", "acc",
-                                    "kl"} <= r["rows"][0].keys()
-    assert [(b["bound"], b["steps"]) for b in r["bounds"]] == [("printed", None)] + [
-        (bound, n) for bound, steps in (("nelbo", (1, 2, 4, None)), ("iwae_2", (1, 2, 4)))
-        for n in steps]
-    assert 0 <= r["rows"][0]["acc"] <= 1 and all({"nats", "se"} <= b.keys() for b in r["bounds"])
+    r = read_json(trained / "r.json")
+    rows, bounds = r["rows"], r["bounds"]
+    assert {"dataset", "checkpoint", "step", "seed", "device", "seconds", "params"} <= r.keys()
+    assert r["eval_args"]["num"] == 200
+    assert len(rows) == 8 and 0 <= rows[0]["acc"] <= 1
+    assert {"nfe", "remask", "temperature", "latent", "acc", "kl"} <= rows[0].keys()
+    assert [(b["bound"], b["steps"]) for b in bounds] == [
+        ("printed", None), ("nelbo", 1), ("nelbo", 2), ("nelbo", 4), ("nelbo", None),
+        ("iwae_2", 1), ("iwae_2", 2), ("iwae_2", 4)]
+    assert all({"nats", "se"} <= b.keys() for b in bounds)
 
 
-def test_prompts_keep_what_is_given(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
-    assert sampling.main(["--prompt", "3 _", "--num", "4", "--nfe", "2", "--out",
-                          "samples.txt"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_prompts_keep_what_is_given(user):
+    lines = user("sample", "--prompt '3 _' --num 4 --nfe 2 --out samples.txt").splitlines()
     assert len(lines) == 4 and all(s.startswith("3 ") for s in lines)
-    assert (trained / "samples.txt").read_text().splitlines() == lines
-    assert sampling.main(["--prompt", "3 4", "--num", "1"]) == 0
-    assert capsys.readouterr().out == "3 4\n"
-    assert sampling.main(["--prompt", "* 4", "--blank", "*", "--num", "1"]) == 0
-    assert capsys.readouterr().out.endswith(" 4\n")
-    assert sampling.main(["--seed", "5"]) == 0
-    first = capsys.readouterr().out
-    assert sampling.main(["--seed", "5", "--batch-size", "3"]) == 0
-    assert capsys.readouterr().out == first
+    assert Path("samples.txt").read_text().splitlines() == lines
+    assert user("sample", "--prompt '3 4' --num 1") == "3 4\n"
+    assert user("sample", "--prompt '* 4' --blank '*' --num 1").endswith(" 4\n")
+    assert user("sample", "--seed 5") == user("sample", "--seed 5 --batch-size 3")
 
 
-def test_sudoku_is_solved_drawn_and_scored(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
-    ckpt = ["--ckpt", "sud/last.pt"]
-    assert sampling.main(ckpt + ["--num", "3", "--out", "s.csv"]) == 0
-    out = capsys.readouterr().out
+def test_held_out_puzzles_are_solved_drawn_and_written(user):
+    out = user("sample", "--ckpt sud/last.pt --num 3 --out s.csv")
     assert out.count("solved: ") == 3 and " of 3 solved" in out
-    rows = [line.split(",") for line in (trained / "s.csv").read_text().splitlines()]
-    assert len(rows) == 3 and all(len(b) == 16 for row in rows for b in row)
+    rows = [line.split(",") for line in Path("s.csv").read_text().splitlines()]
+    assert [[len(board) for board in row] for row in rows] == [[16, 16]] * 3
     for puzzle, answer in rows:
         assert all(p in ("0", a) for p, a in zip(puzzle, answer)) and "0" not in answer
-    # puzzles of one's own, as a string and as a file; an answer given as puzzle stays as it is
-    assert sampling.main(ckpt + ["--puzzle", "1234" + "." * 12, "--num", "2"]) == 0
-    out = capsys.readouterr().out
+    assert "_ _ | _ _    " in user("sample", "--ckpt sud/last.pt --clues 0 --num 1")
+
+
+SOLVED = ["1234341221434321", "2134341212434321", "3214143223414123"]
+
+
+def test_puzzles_of_ones_own_are_a_string_or_a_file(user):
+    solve = "--ckpt sud/last.pt --puzzle "
+    out = user("sample", solve + "1234............ --num 2")
     assert out.count("1 2 | 3 4    1") == 2 and out.count("solved: ") == 2
-    full = "1234341221434321"
-    assert sampling.main(ckpt + ["--puzzle", full]) == 0
-    assert "1 of 1 solved" in capsys.readouterr().out
-    (trained / "p.txt").write_text(full + "\n" + "0" * 16 + "\n")
-    assert sampling.main(ckpt + ["--puzzle", "p.txt"]) == 0
-    out = capsys.readouterr().out
+    assert "1 of 1 solved" in user("sample", solve + SOLVED[0])          # stays as it is
+    Path("p.txt").write_text(f"{SOLVED[0]}\n{'0' * 16}\n")
+    out = user("sample", solve + "p.txt")
     assert out.count("solved: ") == 2
-    (trained / "drawn.txt").write_text(out)                   # what it draws, it reads
-    assert sampling.main(ckpt + ["--puzzle", "drawn.txt"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == out.splitlines()[0]
-    assert sampling.main(ckpt + ["--clues", "0", "--num", "1"]) == 0
-    assert "_ _ | _ _    " in capsys.readouterr().out
-    # all puzzles of a file, scored
-    assert evaluation.main(ckpt + ["--num", "20", "--bound-num", "10", "--json", "e.json"]) == 0
-    r = json.loads((trained / "e.json").read_text())
-    assert len(r["rows"]) == 3 and {"exact", "exact_se", "valid", "cell"} <= r["rows"][0].keys()
-    solved = ["1234341221434321", "2134341212434321", "3214143223414123"]
-    (trained / "p.txt").write_text("".join(f"{b},{b}\n" for b in solved))     # nothing left to do
-    assert evaluation.main(ckpt + ["--bound-steps", "--data-path", "p.txt", "--nfe", "2",
-                                   "--remask", "margin", "--json", "e.json"]) == 0
-    assert "3 samples" in capsys.readouterr().out
-    row = json.loads((trained / "e.json").read_text())["rows"][0]
-    assert row["valid"] == row["cell"] == 1
-    (trained / "p.txt").write_text(solved[0] + "\n")          # one puzzle has no standard error
-    assert status_of(capsys, "eval", ckpt + ["--data-path", "p.txt"]) == 2
-    assert evaluation.main(ckpt + ["--data-path", "p.txt", "--bound-steps"]) == 0
+    Path("drawn.txt").write_text(out)                         # what it draws, it reads
+    assert user("sample", solve + "drawn.txt").splitlines()[0] == out.splitlines()[0]
 
 
-def test_text_is_prompted_filled_in_and_judged(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
-    ckpt = ["--ckpt", "txt/last.pt"]
-    for flags, pattern in (([], r".{16}"), (["--prompt", "the quick"], "the quick.{7}"),
-                           (["--prompt", "a__b", "--length", "8"], "a..b.{4}")):
-        assert sampling.main(ckpt + ["--num", "6"] + flags) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert len(lines) == 6 and len(set(lines)) > 1
-        assert all(re.fullmatch(pattern, s.replace("\\n", "\n"), re.S) for s in lines), lines
-    assert train.main(FAST + ["--dataset", "text", "--data-path", "t.txt", "--length", "16",
-                              "--out", "ar", "--block-size", "1", "--latent-dim", "0"]) == 0
-    assert evaluation.main(ckpt + ["--num", "5", "--bound-num", "10", "--judge", "ar/last.pt",
-                                   "--json", "t.json"]) == 0
-    r = json.loads((trained / "t.json").read_text())
-    assert r["rows"][0]["gen_ppl"] > 1 and {"entropy", "entropy_sd", "gen_ppl_sd",
-                                            "distinct4"} <= r["rows"][0].keys()
+def test_all_puzzles_of_a_file_are_scored(user, capsys):
+    user("eval", "--ckpt sud/last.pt --num 20 --bound-num 10 --json e.json")
+    rows = read_json("e.json")["rows"]
+    assert len(rows) == 3 and {"exact", "exact_se", "valid", "cell"} <= rows[0].keys()
+    file = "--ckpt sud/last.pt --data-path p.txt "
+    Path("p.txt").write_text("".join(f"{b},{b}\n" for b in SOLVED))           # nothing left to do
+    out = user("eval", file + "--bound-steps --nfe 2 --remask margin --json e.json")
+    row = read_json("e.json")["rows"][0]
+    assert "3 samples" in out and row["valid"] == row["cell"] == 1
+    Path("p.txt").write_text(SOLVED[0] + "\n")                # one puzzle has no standard error
+    assert status_of(capsys, "eval", file.split()) == 2
+    user("eval", file + "--bound-steps")
+
+
+@pytest.mark.parametrize("flags, pattern", [
+    ("", ".{16}"), ("--prompt 'the quick'", "the quick.{7}"),
+    ("--prompt a__b --length 8", "a..b.{4}"),
+    ("--prompt the --length 40", "the.{37}")])                # beyond the length of training
+def test_text_is_prompted_filled_in_and_continued(user, flags, pattern):
+    lines = user("sample", "--ckpt txt/last.pt --num 6 " + flags).splitlines()
+    assert len(lines) == 6 and len(set(lines)) > 1
+    assert all(re.fullmatch(pattern, s.replace("\\n", "\n"), re.S) for s in lines), lines
+
+
+def test_text_is_judged(user):
+    fast("ar", "--dataset text --data-path t.txt --length 16 --block-size 1 --latent-dim 0")
+    out = user("eval", "--ckpt txt/last.pt --num 5 --bound-num 10 --judge ar/last.pt --json t.json")
+    r = read_json("t.json")
+    assert {"entropy", "entropy_sd", "gen_ppl_sd", "distinct4"} <= r["rows"][0].keys()
+    assert r["rows"][0]["gen_ppl"] > 1 and "bits/token" in out and "perplexity" in out
     assert all(b["nats_per_token"] == b["nats"] / 16 for b in r["bounds"])
-    out = capsys.readouterr().out
-    assert "bits/token" in out and "perplexity" in out
 
 
-def test_steps_are_shown(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
-    assert sampling.main(["--show-steps", "--nfe", "2", "--num", "2"]) == 0
-    states = capsys.readouterr().out.split("\n\n")
+def test_steps_are_shown(user):
+    states = user("sample", "--show-steps --nfe 2 --num 2").split("\n\n")
     assert [s.splitlines()[0] for s in states[:2]] == ["evaluation 1", "evaluation 2"]
     assert all(s.count("_") == n for s, n in zip(states, (2, 0, 0)))
     assert states[1].splitlines()[1:] == states[2].splitlines()
-    assert sampling.main(["--ckpt", "sud/last.pt", "--show-steps", "--nfe", "3"]) == 0
-    *states, final, count = capsys.readouterr().out.strip().split("\n\n")
+    out = user("sample", "--ckpt sud/last.pt --show-steps --nfe 3")
+    *states, final, count = out.strip().split("\n\n")
     assert len(states) == 3 and count.endswith("of 1 solved") and "solved: " in final
     for state in states:                                 # something new, and no verdict yet
         assert re.search(r"\d[+!]", state) and "solved" not in state
 
 
-def test_text_goes_on_beyond_the_length_of_training(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
-    assert sampling.main(["--ckpt", "txt/last.pt", "--num", "2", "--length", "40", "--prompt",
-                          "the"]) == 0
-    lines = [s.replace("\\n", "\n") for s in capsys.readouterr().out.splitlines()]
-    assert [len(s) for s in lines] == [40, 40] and all(s.startswith("the") for s in lines)
-
-
-def test_prefixes_of_arrays_are_given(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained)
-    flags = ["--dataset", "array", "--data-path", "tokens.npy", "--prefix-len", "2", "--out", "arr"]
-    assert train.main(FAST + flags) == 0
+def test_prefixes_of_arrays_are_given(user, capsys):
+    fast("arr", "--dataset array --data-path tokens.npy --prefix-len 2")
     assert "held-out samples" in capsys.readouterr().out
-    assert sampling.main(["--ckpt", "arr/last.pt", "--num", "4"]) == 0
-    rows = [list(map(int, s.split())) for s in capsys.readouterr().out.splitlines()]
+    lines = user("sample", "--ckpt arr/last.pt --num 4").splitlines()
     held = data.load("array", data_path="tokens.npy", prefix_len=2).test(9)[0].tolist()
-    assert len(rows) == 4 and all(row[:2] in [h[:2] for h in held] for row in rows)
-    assert sampling.main(["--ckpt", "arr/last.pt", "--num", "1", "--prompt", "3 1 _ _"]) == 0
-    assert capsys.readouterr().out.startswith("3 1 ")
+    prefixes = [f"{a} {b} " for a, b, *_ in held]
+    assert len(lines) == 4 and all(s.startswith(tuple(prefixes)) for s in lines)
+    out = user("sample", "--ckpt arr/last.pt --num 1 --prompt '3 1 _ _'")
+    assert out.startswith("3 1 ")
 
 
 def test_any_terminal_gets_the_result_and_a_reader_may_leave(trained):
-    flags = ["--num", "50", "--bound-num", "10", "--json", "ascii.json"]
+    flags = "--num 50 --bound-num 10"
     for encoding in ("ascii", "cp1252"):
-        (trained / "ascii.json").unlink(missing_ok=True)
-        done = subprocess.run([sys.executable, str(HERE / "eval.py"), *flags], cwd=trained,
+        done = subprocess.run([sys.executable, str(HERE / "eval.py"), *flags.split()], cwd=trained,
                               env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True)
         assert done.returncode == 0 and b"##" in done.stdout and b"?" not in done.stdout
-        assert (trained / "ascii.json").exists()
-    for script in ("sample.py --num 9999", "eval.py --num 50 --bound-num 10",
-                   "train.py --steps 2 --out gone"):
+    for script in ("sample.py --num 9999", f"eval.py {flags}", "train.py --steps 2 --out gone"):
         command = f"{sys.executable} {HERE}/{script} | true; exit ${{PIPESTATUS[0]}}"
         done = subprocess.run(["bash", "-c", command], cwd=trained, capture_output=True, text=True)
         assert done.returncode in (0, 141) and "Error" not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("flags", [
-    "--dataset pairs_nonuniform --conditioning shared",
-    "--dataset pairs_strength --strength 0.3",
-    "--dataset d1 --block-size 2 --prior block --compile",
-    "--dataset d1 --prior noised",
-    "--prior aggregate --bank 20 --latent-dropout 0.5 --full-mask-share 0.5",
-    "--dataset d2 --block-size 1 --latent-dim 0",
-    "--dataset needle --length 9 --conditioning add",
-    "--dataset array --data-path tokens.npy --prefix-len 2",
-    "--objective nelbo --objective-steps 2",
-    "--preset paper",
-    "--dataset text --data-path t.txt --alphabet text8 --length 8 --block-size 8",
-    "--preset paper --dataset sudoku --grid 4 --puzzles 300",
-    "--dataset sudoku --puzzles 300 --clues 20 --latent-dim 0",
-    "--dtype bfloat16 --weight-decay 0.1 --ema 0.9"])
-def test_every_dataset_and_choice_trains_samples_and_evaluates(trained, monkeypatch, capsys, flags):
-    monkeypatch.chdir(trained)
-    if "--compile" in flags:
-        monkeypatch.setattr(train.Step, "compile", lambda self: compiled.append(self))
-    compiled = []
-    assert train.main(FAST + ["--out", "other"] + flags.split()) == 0
-    assert len(compiled) == ("--compile" in flags)
-    out = capsys.readouterr().out        # a baseline of several steps is no product of marginals
-    assert ("one step per block" in out) == (re.search(r"d\d --block-size", flags) is not None)
-    assert "one step per block" not in out or "independent tokens" not in out
-    ckpt = weights(trained / "other")
-    settings = ckpt["args"] | ckpt["config"]
-    for flag, value in re.findall(r"--(\S+) ([^-]\S*)", flags):
-        assert str(settings[flag.replace("-", "_")]) == value
+@pytest.mark.parametrize("flags, score", [
+    ("--dataset pairs_nonuniform --conditioning shared", "acc"),
+    ("--dataset pairs_strength --strength 0.3", "acc"),
+    ("--dataset d1 --block-size 2 --prior block", "acc"),
+    ("--dataset d1 --prior noised", "acc"),
+    ("--prior aggregate --bank 20 --latent-dropout 0.5 --full-mask-share 0.5", "acc"),
+    ("--dataset d2 --block-size 1 --latent-dim 0", "acc"),
+    ("--dataset needle --length 9 --conditioning add", "cond_acc"),
+    ("--dataset array --data-path tokens.npy --prefix-len 2", "exact"),
+    ("--objective nelbo --objective-steps 2", "acc"),
+    ("--preset paper", "acc"),
+    ("--dataset text --data-path t.txt --alphabet text8 --length 8 --block-size 8", "entropy"),
+    ("--preset paper --dataset sudoku --grid 4 --puzzles 300", "valid"),
+    ("--dataset sudoku --puzzles 300 --clues 20 --latent-dim 0", "valid"),
+    ("--dtype bfloat16 --weight-decay 0.1 --ema 0.9", "acc")])
+def test_every_dataset_and_choice_trains_samples_and_evaluates(user, flags, score):
+    settings = fast("other", flags)["args"]
+    words = flags.split()
+    for flag, value in zip(words[::2], words[1::2]):
+        assert str(settings[flag[2:].replace("-", "_")]) == value
     for latent in diffusion.LATENT:
-        assert sampling.main(["--ckpt", "other/last.pt", "--latent", latent, "--nfe", "2"]) == 0
-    assert evaluation.main(["--ckpt", "other/last.pt", "--num", "50", "--bound-num", "20",
-                            "--json", "o.json"]) == 0
-    done = capsys.readouterr()
-    assert "Traceback" not in done.err
-    assert ("not a bound" in done.out) == ("--latent-dim 0" not in flags)
-    r = json.loads((trained / "o.json").read_text())
-    assert r["eval_args"]["num"] == 50
-    colds = {row["temperature"] for row in r["rows"]}    # argmax may suit a baseline of puzzles
-    assert (len(colds) == 2) == ("sudoku" in flags and "--latent-dim 0" in flags)
-    assert ("cond_acc" in r["rows"][0]) == ("needle" in flags)
-    assert ("exact" in r["rows"][0]) == ("sudoku" in flags or "prefix" in flags)
+        user("sample", f"--ckpt other/last.pt --latent {latent} --nfe 2")
+    out = user("eval", "--ckpt other/last.pt --num 50 --bound-num 20 --json o.json")
+    assert ("not a bound" in out) == (settings["latent_dim"] > 0)
+    r = read_json("o.json")
+    assert all(score in row for row in r["rows"])
     assert all(math.isfinite(b["nats"]) for b in r["bounds"])
+    cold_too = score == "valid" and not settings["latent_dim"]     # argmax may suit a baseline
+    assert len({row["temperature"] for row in r["rows"]}) == 1 + cold_too
 
 
-def test_a_compiled_step_is_the_step():
+@pytest.mark.parametrize("flags, title, absent", [
+    ("", "one step, ", "per block"),
+    ("--dataset d1 --block-size 2", "one step per block, ", "independent tokens")])
+def test_one_step_is_compared_with_independent_tokens(tmp_path, capsys, flags, title, absent):
+    fast(tmp_path, flags)        # a baseline of several steps is no product of marginals
+    out = capsys.readouterr().out
+    assert title in out and absent not in out and "accuracy" in out
+    assert ("independent tokens" in out) == (flags == "")
+
+
+def test_a_compiled_step_is_the_step(tmp_path, monkeypatch):
     m = tiny(4, 2)
     x0, noise = torch.randint(3, (6, 4)), draw_noise(6, 4, 2, 3)
     a = SimpleNamespace(objective="vmd", latent_dropout=0.0, full_mask_share=0.0)
     plain, compiled = train.Step(m, a), train.Step(m, a)
     compiled.compile(backend="aot_eager")                # the graph; no code generator needed
-    weight = torch.tensor(0.5)
-    for a, b in zip(plain(x0, None, noise, weight), compiled(x0, None, noise, weight)):
-        assert_close(a, b)
+    weight, calls = torch.tensor(0.5), []
+    assert_close(plain(x0, None, noise, weight), compiled(x0, None, noise, weight))
+    monkeypatch.setattr(train.Step, "compile", lambda self: calls.append(self))
+    for flag in ("", "--compile"):
+        fast(tmp_path, flag)
+        assert len(calls) == (flag != "")
 
 
-@pytest.mark.parametrize("module", [sampling, evaluation])
-def test_choices_reach_the_sampler(trained, monkeypatch, module):
-    monkeypatch.chdir(trained)
+@pytest.mark.parametrize("script", ["sample", "eval"])
+def test_choices_reach_the_sampler(user, monkeypatch, script):
     seen, plain = [], diffusion.sample
-    monkeypatch.setattr(module, "sample", lambda *args: seen.append(args[2:7]) or plain(*args))
-    flags = ("--num 3 --nfe 2 --remask margin --temperature 0.5 --latent encoder "
-             "--batch-size 7").split()
-    assert module.main(flags + (["--bound-num", "2"] if module is evaluation else [])) == 0
+    monkeypatch.setattr(SCRIPTS[script], "sample",
+                        lambda *args: seen.append(args[2:7]) or plain(*args))
+    flags = "--num 3 --nfe 2 --remask margin --temperature 0.5 --latent encoder --batch-size 7"
+    user(script, flags + " --bound-num 2" * (script == "eval"))
     assert set(seen) == {(2, "margin", 0.5, "encoder", 7)}
 
 
@@ -2242,21 +2214,18 @@ def test_heat_map_draws_what_it_is_given():
 @pytest.mark.parametrize("ckpt", ["out", "sud"])
 def test_plot_writes_an_image_or_names_the_package(trained, monkeypatch, capsys, ckpt):
     monkeypatch.chdir(trained)
-    status = evaluation.main(["--ckpt", f"{ckpt}/last.pt", "--num", "2", "--bound-steps", "--plot",
-                              "p.png"])
-    try:
-        import matplotlib  # noqa: F401
-        assert status == 0 and (trained / "p.png").read_bytes().startswith(b"\x89PNG")
-    except ImportError:
+    flags = f"--ckpt {ckpt}/last.pt --num 2 --bound-steps --plot p.png"
+    status = evaluation.main(flags.split())
+    if importlib.util.find_spec("matplotlib"):
+        assert status == 0 and Path("p.png").read_bytes().startswith(b"\x89PNG")
+    else:
         assert status == 2 and "pip install matplotlib" in capsys.readouterr().err
 
 
-def test_benchmark_counts_and_compares(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_benchmark_counts_and_compares(user, monkeypatch):
     fields = "vocab_size=27 seq_len=8 block_size=4 width=16 heads=2 layers=1 latent_dim=2"
-    assert evaluation.main(["--json", "b.json", "--batch-size", "2", "--nfe", "2", "--benchmark",
-                            *fields.split()]) == 0
-    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    user("eval", f"--json b.json --batch-size 2 --nfe 2 --benchmark {fields}")
+    rows = read_json("b.json")["rows"]
     assert [r["what"] for r in rows] == ["matmul", "training, VMD", "sampling, VMD",
                                          "training, control", "sampling, control"]
     assert rows[0]["of_matmul"] == 1 and all(r["tokens_per_second"][0] > 0 for r in rows)
@@ -2289,41 +2258,27 @@ train --init-from none.pt
 train --init-from out/last.pt
 train --resume --out nowhere
 train --resume --lr 0.5
-train --data-path tokens.npy
 train --dataset array
-train --dataset array --data-path t.txt
-train --dataset array --data-path tokens.npy --prefix-len 6
-train --dataset text --data-path tokens.npy
-train --dataset text --data-path t.txt --length 5000
 train --dataset d1 --puzzles 5
-train --dataset sudoku --clues 36
 train --dataset sudoku --puzzles 1 --grid 4
 train --dataset sudoku --grid 6 --source shah
-train --dataset sudoku --grid 9 --data-path tokens.npy
 sample --ckpt none.pt
 sample --ckpt tokens.npy
 sample --prompt '3 4 5'
-sample --prompt '3 11'
 sample --prompt 'a _'
 sample --remask best
 sample --out no/such/folder/x
 sample --puzzle 1...............
 sample --length 2
 sample --prompt '3 _' --blank ab
-sample --ckpt txt/last.pt --prompt X
 sample --ckpt txt/last.pt --prompt 'the quick brown fox'
 sample --ckpt txt/last.pt --length 3
-sample --ckpt sud/last.pt --length 32
 sample --ckpt sud/last.pt --prompt '1 _'
-sample --ckpt sud/last.pt --clues 16
 sample --ckpt sud/last.pt --clues 3 --puzzle 1...............
-sample --ckpt sud/last.pt --puzzle 1..
-sample --ckpt sud/last.pt --puzzle 5...............
 eval --ckpt none.pt
 eval --bound-num 1
 eval --iwae 2 --bound-steps 0
 eval --clues 3
-eval --data-path tokens.npy
 eval --judge out/last.pt
 eval --ckpt txt/last.pt --judge txt/last.pt
 eval --ckpt sud/last.pt --data-path none.txt
@@ -2332,9 +2287,6 @@ eval --plot p.png --ckpt txt/last.pt
 eval --benchmark vocab_size=27
 eval --benchmark colour=1
 """
-
-
-SCRIPTS = dict(train=train, sample=sampling, eval=evaluation)
 
 
 def status_of(capsys, script, flags):
@@ -2378,12 +2330,11 @@ def test_a_bad_checkpoint_is_named_and_runs_nothing(tmp_path):
     class Bomb:
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "pwned"),))
-    assert train.main(FAST + ["--steps", "1", "--out", str(tmp_path / "run")]) == 0
-    good = weights(tmp_path / "run")
+    good = fast(tmp_path / "run", "--steps 1")
     short = {k: v for k, v in good["model"].items() if k != "embed.weight"}
-    wide = good["config"] | {"width": 32}
     bad = dict(bomb={"model": Bomb()}, version=good | {"version": 2}, list=[1, 2],
-               short=good | {"model": short}, wide=good | {"config": wide},
+               short=good | {"model": short},
+               wide=good | {"config": good["config"] | {"width": 32}},
                odd=good | {"config": good["config"] | {"colour": 1}})
     for name, content in bad.items():
         torch.save(content, tmp_path / f"{name}.pt")
@@ -2395,15 +2346,13 @@ def test_a_bad_checkpoint_is_named_and_runs_nothing(tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_checkpoints_of_other_programs_are_read(tmp_path, capsys):
-    m = tiny(4, 2)
-    weights_ = {f"module._orig_mod.{k}": v for k, v in m.state_dict().items()}
-    torch.save(dict(config=vars(m.config), model=weights_), tmp_path / "last.pt")
-    got, _ = load_checkpoint(tmp_path / "last.pt")
-    assert same(got.state_dict(), m.state_dict())
-    assert sampling.main(["--ckpt", str(tmp_path / "last.pt"), "--num", "3"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 3
-    assert status_of(capsys, "eval", ["--ckpt", str(tmp_path / "last.pt")]) == 2
+def test_checkpoints_of_other_programs_are_read(tmp_path, user, capsys):
+    m, path = tiny(4, 2), tmp_path / "last.pt"
+    prefixed = {f"module._orig_mod.{k}": v for k, v in m.state_dict().items()}
+    torch.save(dict(config=vars(m.config), model=prefixed), path)
+    assert same(load_checkpoint(path)[0].state_dict(), m.state_dict())
+    assert len(user("sample", f"--ckpt {path} --num 3").splitlines()) == 3
+    assert status_of(capsys, "eval", ["--ckpt", str(path)]) == 2
     assert status_of(capsys, "train", ["--resume", "--out", str(tmp_path)]) == 2
 
 
