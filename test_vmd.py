@@ -140,14 +140,13 @@ def normal(mu, logvar):
 
 
 class Spy(Cache):
-    """A cache that keeps the blocks it is shown."""
+    """A cache that keeps the latents of the blocks it is shown."""
 
     def __init__(self):
         super().__init__()
-        self.xs, self.zs = [], []
+        self.zs = []
 
     def push(self, x, z):
-        self.xs.append(x)
         self.zs.append(z)
         super().push(x, z)
 
@@ -253,8 +252,8 @@ def test_logits_and_gradients_are_those_of_one_sequence_under_a_dense_mask(
     got, want = m.decode(xt, x0, z), one_sequence(m, xt, x0, z)
     assert_close(got, want, rtol=1e-4, atol=1e-5)
     used = [p for p in m.parameters() if p.requires_grad]
-    for a, b in zip(*(torch.autograd.grad((y * way).sum(), used, allow_unused=True)
-                      for y in (got, want)), strict=True):
+    got, want = (torch.autograd.grad((y * way).sum(), used, allow_unused=True) for y in (got, want))
+    for a, b in zip(got, want, strict=True):
         assert (a is None) == (b is None) and (a is None or a.sub(b).abs().max() < 1e-4)
 
 
@@ -292,8 +291,7 @@ def test_parameter_counts_add_up():
     without, counts = control.param_counts(), m.param_counts()
     assert without["encoder"] == without["latent pathway"] == 0
     assert counts["encoder"] > 0 and counts["latent pathway"] > 0
-    # the control is the same network without the latent pathway
-    assert without["decoder"] == counts["decoder"]
+    assert without["decoder"] == counts["decoder"]           # the same network otherwise
 
 
 # ---- bounds by enumeration
@@ -304,7 +302,7 @@ class PerfectPairs:
     With Z = 1 the pair is the decile of Phi(z), and q(z | x_0) a narrow Gaussian inside it.
     """
 
-    vocab_size, block_size, prior_reads_z, edge = 10, 2, False, 1e-7
+    vocab_size, block_size, edge = 10, 2, 1e-7
 
     def __init__(self, latent_dim):
         self.latent_dim = latent_dim
@@ -315,9 +313,6 @@ class PerfectPairs:
         mu, logvar = torch.where(both, mu, 0.0), torch.where(both, 2 * sigma.log(), 0.0)
         return mu[:, None, None], logvar[:, None, None]
 
-    def prior(self, xt, x0, z):
-        return (torch.zeros(len(xt), 1, 1),) * 2
-
     def decode(self, xt, x0, z):
         uniform = torch.full((len(xt),), -1)
         k = uniform if z is None else (torch.special.ndtr(z[:, 0, 0]) * 10).long().clamp(0, 9)
@@ -326,12 +321,6 @@ class PerfectPairs:
         known = torch.stack([k, (k + 1) % 10], 1)                                          # (B, 2)
         logits = torch.where(torch.arange(10) == known[..., None], 0.0, math.log(self.edge))
         return torch.where((k < 0)[:, None, None], 0.0, logits)
-
-    def new_cache(self):
-        return Cache()
-
-    def decode_block(self, x, z, cache):
-        return self.decode(x, x, z)
 
 
 PAIRS = torch.stack([torch.arange(10), (torch.arange(10) + 1) % 10], 1)
@@ -764,11 +753,14 @@ def test_sampler_reveals_floor_counts_in_exactly_n_evaluations(remask, latent):
     x, M = torch.randint(V, (6, L), generator=gen(1)), torch.tensor([7, 6, 5, 3, 1, 0])
     hidden = (r - 1 - torch.arange(r) < M[:, None]).repeat(1, 2)       # the last M of each block
     model = Recorder(r)
+    caches = spied(model)
     out = diffusion.sample(model, torch.where(hidden, V, x), N, remask, 1.0, latent)
     assert len(model.calls) == 2 * N        # N per block, two blocks
     for i, (xt, *_) in enumerate(model.calls):        # before step n, floor(M n / N) are masked
         assert ((xt == V).sum(1) == M * (N - i % N) // N).all()
     assert (out[~hidden] == x[~hidden]).all() and (out < V).all()
+    for b, (block, z) in enumerate(caches[0].pending):        # cached with the z that wrote them
+        assert (block == out[:, b * r: (b + 1) * r]).all() and (z == model.calls[b * N + 4][1]).all()
     for (_, z, _, _), (xt, new, _, _) in zip(model.calls[:N - 1], model.calls[1:N]):
         open_rows = (xt == V).any(1)        # the others keep the z that wrote them
         assert (new[~open_rows] == z[~open_rows]).all()
@@ -2010,8 +2002,8 @@ def test_any_terminal_gets_the_result_and_a_reader_may_leave(trained):
     ("--dataset sudoku --puzzles 300 --clues 20 --latent-dim 0", "valid"),
     ("--dtype bfloat16 --weight-decay 0.1 --ema 0.9", "acc")])
 def test_every_dataset_and_choice_trains_samples_and_evaluates(user, flags, score):
-    settings = fast("other", flags)["args"]
-    words = flags.split()
+    ckpt, words = fast("other", flags), flags.split()
+    settings = ckpt["args"] | ckpt["config"]
     for flag, value in zip(words[::2], words[1::2]):
         assert str(settings[flag[2:].replace("-", "_")]) == value
     for latent in diffusion.LATENT:
