@@ -108,6 +108,7 @@ def one_seed(monkeypatch):
 def tiny(L=4, r=2, Z=3, V=3, seed=0, **kw):
     """A small random network in which gates, constants and latent weights are far from zero."""
     torch.manual_seed(seed)
+    kw = {"bank": 20} | kw
     m = VMD(Config(V, L, r, width=16, heads=2, layers=2, encoder_layers=1, latent_dim=Z, **kw))
     with torch.no_grad():
         for name, p in m.named_parameters():
@@ -116,7 +117,7 @@ def tiny(L=4, r=2, Z=3, V=3, seed=0, **kw):
             if name.startswith("prior_net.head"):
                 p.normal_(std=0.5)
         if kw.get("prior") == "aggregate":
-            m.bank.copy_(torch.randn(m.bank.shape))
+            m.bank.normal_(std=0.3)
     return m.eval()
 
 
@@ -377,7 +378,8 @@ def test_nelbo_is_a_bound_and_the_printed_value_is_not():
         assert_close(value, bound, rtol=0.01, atol=0)
     printed = exact(m, PAIRS, "vmd", None, eps).mean()
     assert 0.5 * LN10 <= printed < LN10 - 0.2                # its optimum is ln(10) / 2
-    assert_close(objective(m, x0)[0].mean(), printed, rtol=0.03, atol=0)
+    value = objective(m, x0.repeat(2, 1), draw_noise(200_000, 2, 2, 1))[0].mean()
+    assert_close(value, printed, rtol=0.02, atol=0)
 
 
 @torch.no_grad()
@@ -1087,7 +1089,7 @@ def test_generated_puzzles_are_of_the_stated_kind(n, clues, boards):
     assert not data.propagate(data.to_bits(fewer))[1].any()
 
 
-@pytest.mark.parametrize("n", [4, 6, 9])
+@pytest.mark.parametrize("n", [4, 6])
 def test_solver_counts_solutions_as_brute_force_does(n):
     puzzles, rng = generated(n)[0, :80].copy(), np.random.default_rng(0)
     puzzles[40:][rng.random((40, n * n)) < 0.2] = 0       # some become ambiguous
@@ -1103,6 +1105,17 @@ def test_solver_counts_solutions_as_brute_force_does(n):
 
 def test_all_4x4_boards_are_found():
     assert data.solve(np.zeros((1, 16), np.uint8), limit=1000)[1] == 288
+
+
+def test_9x9_puzzles_have_one_solution_says_qqwing():
+    if not shutil.which("qqwing"):
+        pytest.skip("qqwing, an independent solver, is not installed (Debian package qqwing)")
+    puzzles, solutions = ([text_of(b) for b in boards] for boards in generated(9))
+    out = subprocess.run(["qqwing", "--solve", "--csv", "--count-solutions"], text=True,
+                         input="\n".join(puzzles) + "\n", capture_output=True, check=True,
+                         timeout=60).stdout.splitlines()[1:]
+    rows = [line.split(",")[:2] for line in out if line.strip(" ,")]
+    assert rows == [[s, "1"] for s in solutions]
 
 
 @pytest.mark.parametrize("n", [4, 6, 9])
@@ -1661,10 +1674,13 @@ train.EVAL_SEQUENCES, train.report = 20, lambda *a: None     # seconds that no d
 torch.set_num_threads(1)                     # a fork copies no threads
 out, world, flags = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 
-def die_after(owner, name, nth):
+def die(owner, name, nth, when):
     plain, calls = getattr(owner, name), []
     def deadly(*args, **kw):
-        calls.append(plain(*args, **kw))
+        calls.append(1)
+        if len(calls) == nth and when == "before":
+            os._exit(9)
+        plain(*args, **kw)
         if len(calls) == nth:
             os._exit(9)
     setattr(owner, name, deadly)
@@ -1681,7 +1697,7 @@ def start(folder, resume, death=None):
             with open(os.devnull, "w") as null:
                 os.dup2(null.fileno(), 1), os.dup2(null.fileno(), 2 if death else 1)
             if death and rank == 0:
-                die_after(*death)
+                die(*death)
             os._exit(train.main(["--resume", "--out", folder] if resume else
                                 [*flags, "--out", folder]))
     first = os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1])
@@ -1692,8 +1708,9 @@ def start(folder, resume, death=None):
     return first
 
 assert start(out + "/whole", False) == 0
-deaths = [(torch, "save", 3), (os, "replace", 3), (tqdm.tqdm, "write", 7), (tqdm.tqdm, "write", 8)]
-for i, death in enumerate(deaths if world == 1 else deaths[:2]):
+deaths = [(torch, "save", 3, "before"), (os, "replace", 3, "before"), (os, "replace", 3, "after"),
+          (tqdm.tqdm, "write", 8, "before"), (tqdm.tqdm, "write", 8, "after")]
+for i, death in enumerate(deaths if world == 1 else deaths[1:3]):
     folder = f"{out}/{i}"
     assert start(folder, False, death) == 9, death
     step = torch.load(folder + "/last.pt", weights_only=True)["step"]
@@ -1708,7 +1725,7 @@ def test_a_run_that_dies_anywhere_resumes_to_the_same_end(tmp_path, world):
     done = subprocess.run([sys.executable, "-c", KILLS, str(tmp_path), str(world), *flags],
                           cwd=HERE, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
-    for name, i in itertools.product(("last.pt", "best.pt"), range(4 if world == 1 else 2)):
+    for name, i in itertools.product(("last.pt", "best.pt"), range(5 if world == 1 else 2)):
         whole, other = weights(tmp_path / "whole", name), weights(tmp_path / str(i), name)
         assert whole["step"] == other["step"] and whole["best"] == other["best"]
         assert same(whole["model"], other["model"]) and same(whole["ema"], other["ema"])
@@ -1976,12 +1993,13 @@ def test_prefixes_of_arrays_are_given(user, capsys):
 
 
 def test_any_terminal_gets_the_result_and_a_reader_may_leave(trained):
-    flags = "--num 50 --bound-num 10"
-    for encoding in ("ascii", "cp1252"):
-        done = subprocess.run([sys.executable, str(HERE / "eval.py"), *flags.split()], cwd=trained,
-                              env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True)
-        assert done.returncode == 0 and b"##" in done.stdout and b"?" not in done.stdout
-    for script in ("sample.py --num 9999", f"eval.py {flags}", "train.py --steps 2 --out gone"):
+    flags = "--num 50 --bound-num 10 --json ascii.json"
+    done = subprocess.run([sys.executable, str(HERE / "eval.py"), *flags.split()], cwd=trained,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.returncode == 0 and b"##" in done.stdout and b"?" not in done.stdout
+    assert (trained / "ascii.json").exists()
+    for script in ("sample.py --num 9999", "eval.py --num 50 --bound-num 10",
+                   "train.py --steps 2 --out gone"):
         command = f"{sys.executable} {HERE}/{script} | true; exit ${{PIPESTATUS[0]}}"
         done = subprocess.run(["bash", "-c", command], cwd=trained, capture_output=True, text=True)
         assert done.returncode in (0, 141) and "Error" not in done.stderr, done.stderr
