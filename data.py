@@ -438,6 +438,7 @@ def read_boards(lines, n, name):
     puzzle = solution = ""
     for number, line in enumerate(itertools.chain(lines, ["the end"]), 1):
         where = f"{name}, line {number}"
+        line = re.sub(r"\x1b\[[0-9;]*m", "", line)       # colours of `draw_boards`
         words = re.findall(r"[\w.*]+", line)
         boards = [w for w in words if len(NO_CELL.sub("", w)) > size / 2]   # or meant to be
         row = "".join(words)
@@ -1152,6 +1153,8 @@ def run_script(script, run, argv=None):
 
     A terminal that lacks a character gets ? for it; a reader that has gone (`| head`) is no error.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")     # closed by the shell: `>&-`
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -1162,6 +1165,8 @@ def run_script(script, run, argv=None):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # for the exit's own flush
         return 141
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as e:
         print(f"{script}: {' '.join(str(e).split())}", file=sys.stderr)
         return 2

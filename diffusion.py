@@ -298,6 +298,7 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     K, longest = L // r, getattr(model, "seq_len", L)
     if L % r:
         raise ValueError(f"length {L} is no multiple of the block size {r}")
+    longest = longest // r * r
     if L > longest and longest < 2 * r:
         raise ValueError(f"length {L} is beyond the {longest} tokens that the model was made for, "
                          "and with one block there is nothing to go on from")
@@ -315,7 +316,7 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
             blocks = slice(first // r, (first + longest) // r)
             _sample(model, part[:, own], eps[:, blocks], picks[:, blocks], u[:, own], order[:, own],
                     nfe, remask, temperature, latent, latent_draws,
-                    (lambda: on_step(part)) if on_step else None)
+                    (lambda: on_step(part.clone())) if on_step else None)
         out.append(part)
     return torch.cat(out)
 
@@ -398,10 +399,10 @@ def _sample(model, x, eps, picks, u, order, nfe, remask, temperature, latent, la
         for i, n in enumerate(range(nfe, 0, -1)):
             if not any(revealed(m, n, nfe) for m in set(masks)):
                 continue
-            masked = block == V
+            masked, due = block == V, revealed(M, n, nfe)
             if i and z is not None and latent != "fixed":
                 new = draw_z(model, so_far, zs, eps[:, b, i, None], picks[:, b, i, None], guess)
-                z = torch.where(masked.any(1)[:, None, None], new, z)    # full rows keep theirs
+                z = torch.where(due[:, None, None] > 0, new, z)          # others keep theirs
             if cache is not None:
                 logits = model.decode_block(block, z, cache)             # (B, r, V)
             else:
@@ -412,13 +413,14 @@ def _sample(model, x, eps, picks, u, order, nfe, remask, temperature, latent, la
                 score = confidence(logits.softmax(-1), remask)
             rank = score.masked_fill(~masked, -1).argsort(dim=1, descending=True, stable=True)
             rank = rank.argsort(dim=1)                                   # 0 for the highest score
-            reveal = masked & (rank < revealed(M, n, nfe)[:, None])
+            reveal = masked & (rank < due[:, None])
             block.copy_(torch.where(reveal, draw_tokens(logits, temperature, u[:, own]), block))
             if on_step:
                 on_step()
             if latent == "encoder":                      # x_0-hat
-                guess = so_far.clone()
-                guess[:, own] = torch.where(block == V, logits.argmax(-1), block)
+                new = so_far.clone()
+                new[:, own] = torch.where(block == V, logits.argmax(-1), block)
+                guess = new if guess is None else torch.where(due[:, None] > 0, new, guess)
         if cache is not None:
             cache.push(block.clone(), z)
         if z is not None:

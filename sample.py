@@ -64,12 +64,17 @@ def build_parser():
     return p
 
 
-def held_out(a, args, vocab):
+def held_out(a, args, vocab, model):
     """Test sequences with their given tokens, or --puzzle: x0, given (n, L), dataset."""
     options = data.options(args)
     if a.clues is not None or a.puzzle is not None:
         options["clues"] = a.clues
+    if args["dataset"] == "array":
+        options["vocab_size"] = model.vocab_size
     ds = data.load(args["dataset"], vocab, **options)
+    if (ds.seq_len, ds.vocab_size) != (model.seq_len, model.vocab_size):
+        raise ValueError(f"the data has L {ds.seq_len}, V {ds.vocab_size}; the checkpoint wants "
+                         f"{model.seq_len}, {model.vocab_size}")
     if a.puzzle is None:
         return *ds.test(a.num, torch.Generator().manual_seed(a.seed)), ds
     puzzles = torch.from_numpy(data.puzzles_to_solve(a.puzzle, ds.grid)).long()
@@ -148,7 +153,7 @@ def run(argv):
         a.temperature = default_temperature(model, a.latent)
     nfe, remask = a.nfe or kind.nfe, a.remask or kind.remask
     if sudoku or args.get("prefix_len") and a.prompt is None:
-        x0, given, ds = held_out(a, args, vocab)
+        x0, given, ds = held_out(a, args, vocab, model)
         start = torch.where(given, x0, V)
     else:
         start = prompted(a, model, vocab)

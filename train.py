@@ -351,7 +351,8 @@ class Run:
             with data.whole(path) as f:
                 torch.save(state, f)
         except (OSError, RuntimeError) as e:             # torch.save wraps an OSError
-            raise OSError(f"cannot write {path}: {one_line(e)}; what was there stays") from None
+            why = one_line(e.__context__ or e)
+            raise OSError(f"cannot write {path}: {why}; what was there stays") from None
 
     def load(self, ckpt):
         """Goes on where the checkpoint was written."""
