@@ -309,8 +309,10 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     for part in x.split(batch_size or B):
         part = part.clone()
         eps, picks, u, order = sampler_noise(len(part), K, r, Z, draws, generator, x.device)
-        others = sampler_noise(len(part), K, 0, Z, more, second, x.device)
-        eps, picks = torch.cat([eps, others[0]], 2), torch.cat([picks, others[1]], 2)
+        rival_eps, rival_picks, _, choice = sampler_noise(len(part), K, 1, Z, more, second,
+                                                          x.device)
+        eps = torch.cat([eps, rival_eps], dim=2)
+        picks = torch.cat([picks, rival_picks, choice[..., None]], dim=2)
         for first in range(0, max(1, L - keep), longest - keep):
             own = slice(first, first + longest)
             blocks = slice(first // r, (first + longest) // r)
@@ -377,8 +379,8 @@ def choose_z(model, x, zs, candidates, pick):
 
 def _sample(model, x, eps, picks, u, order, nfe, remask, temperature, latent, latent_draws,
             on_step):
-    """Fills x (B, L) in place. Noise as in `sampler_noise`: of its draws the first is that of each
-    block's first z, the last latent_draws - 1 are its rivals."""
+    """Fills x (B, L) in place. Noise as in `sampler_noise`: of the draws the first is that of each
+    block's first z, the last latent_draws - 1 are its rivals; the last pick chooses among them."""
     V, r = model.vocab_size, model.block_size
     cache = model.new_cache() if hasattr(model, "decode_block") else None
     zs, z = eps[:, :0, 0], None                          # zs: (B, b, Z), of finished blocks
@@ -389,13 +391,13 @@ def _sample(model, x, eps, picks, u, order, nfe, remask, temperature, latent, la
         M = (block == V).sum(1)
         if eps.shape[-1]:
             z = draw_z(model, so_far, zs, eps[:, b, :1], picks[:, b, :1])
-        if z is not None and latent_draws > 1:           # z must suit what is given
-            rows = ((M > 0) & (M < r)).nonzero()[:, 0]
+        if z is not None and latent_draws > 1 and any(0 < m < r for m in masks):
+            rows = ((M > 0) & (M < r)).nonzero()[:, 0]   # z must suit what is given
             rivals = draw_z(model, so_far[rows], zs[rows], eps[rows, b, 1 - latent_draws :],
-                            picks[rows, b, 1 - latent_draws :])
+                            picks[rows, b, -latent_draws:-1])
             rivals = torch.cat([z[rows], rivals], dim=1)
-            z = z.index_copy(0, rows, choose_z(model, so_far[rows], zs[rows], rivals,
-                                               order[rows, own.start]))
+            chosen = choose_z(model, so_far[rows], zs[rows], rivals, picks[rows, b, -1])
+            z = z.index_copy(0, rows, chosen)
         for i, n in enumerate(range(nfe, 0, -1)):
             if not any(revealed(m, n, nfe) for m in set(masks)):
                 continue

@@ -289,18 +289,17 @@ def benchmark(a):
         masks = torch.full_like(x0, config.vocab_size)
         runs[f"training, {name}"] = partial(train_step, model, opt)
         runs[f"sampling, {name}"] = partial(sample, model, masks, nfe, temperature=1.0)
-    rows, peak = [], None
     print(f"batch {B}, {nfe} step(s) per block, {torch.get_num_threads()} threads, {a.device}")
+    rows = []
     for name, times in timed(runs, a.device).items():
-        times.sort()
-        rate = flop_of(runs[name]) / times[len(times) // 2]
-        peak = peak or rate
-        rows.append(dict(what=name, gflops=rate / 1e9, of_matmul=rate / peak,
-                         tokens_per_second=[x0.numel() / s for s in reversed(times)]))
-        least, median, most = (x0.numel() / s for s in (times[-1], times[len(times) // 2],
-                                                       times[0]))
+        least, median, most = (x0.numel() / s for s in (max(times), sorted(times)[len(times) // 2],
+                                                        min(times)))
+        gflops = flop_of(runs[name]) * median / x0.numel() / 1e9
+        share = gflops / (rows[0]["gflops"] if rows else gflops)         # the matmul comes first
+        rows.append(dict(what=name, gflops=gflops, of_matmul=share,
+                         tokens_per_second=[least, median, most]))
         tokens = f"{median:>12,.0f} tokens/s ({least:,.0f} to {most:,.0f})"
-        print(f"{name:<20}{rate / 1e9:>8.1f} GFLOP/s {rate / peak:>5.0%}"
+        print(f"{name:<20}{gflops:>8.1f} GFLOP/s {share:>5.0%}"
               + (tokens if name != "matmul" else ""))
     return dict(config=values, batch_size=B, nfe=nfe, rows=rows, device=str(a.device),
                 threads=torch.get_num_threads())

@@ -121,9 +121,9 @@ def draw_unfinished(ds, given, x, new):
 def show_boards(puzzles, answers, path):
     """Writes puzzle,answer lines to `path` unless it is None, then prints the boards."""
     if path:
-        lines = [",".join("".join(map(str, board.tolist())) for board in pair)
-                 for pair in zip(puzzles, answers)]
-        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with open(path, "w", encoding="utf-8") as f:
+            for puzzle, answer in zip(puzzles.tolist(), answers.tolist()):
+                print("".join(map(str, puzzle)), "".join(map(str, answer)), sep=",", file=f)
     for puzzle, answer in zip(puzzles.numpy(), answers.numpy()):
         print(data.draw_boards(puzzle, answer, color=sys.stdout.isatty()) + "\n")
     kept = ((puzzles == 0) | (puzzles == answers)).all(1).numpy()

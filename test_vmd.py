@@ -633,6 +633,9 @@ def test_given_tokens_choose_z_from_its_posterior():
     out = diffusion.sample(model, x, 1, latent_draws=3, generator=gen(0))
     assert sum(model.calls) == n + n // 2 * 3 and (out[1::2, 0] == 4).all()
     assert (out[::2] == plain[::2]).all()                # rows without given tokens: untouched
+    m, masks = tiny(6, 2), torch.full((5, 6), 3)         # nor is there one in any row
+    some, none = (diffusion.sample(m, masks, latent_draws=R, generator=gen(0)) for R in (3, 1))
+    assert (some == none).all()
 
 
 def test_the_bank_is_of_training_sequences_and_survives_a_resume(tmp_path):

@@ -426,13 +426,17 @@ def fill_bank(model, ds, a):
 
 def move_aside(out):
     """Moves an earlier run's files in `out` to out/1, out/2, ...: a new run loses nothing."""
-    old = [p for p in (out / n for n in ("last.pt", "best.pt", "log.jsonl")) if p.exists()]
-    if old:
-        to = next(out / str(i) for i in range(1, 10**6) if not (out / str(i)).exists())
-        to.mkdir()
-        for p in old:
-            p.rename(to / p.name)
-        print(f"moved the earlier run in {out} to {to}")
+    old = [name for name in ("last.pt", "best.pt", "log.jsonl") if (out / name).exists()]
+    if not old:
+        return
+    number = 1
+    while (out / str(number)).exists():
+        number += 1
+    to = out / str(number)
+    to.mkdir()
+    for name in old:
+        (out / name).rename(to / name)
+    print(f"moved the earlier run in {out} to {to}")
 
 
 @contextlib.contextmanager
@@ -506,6 +510,21 @@ def explain_idle_latent(a, ds):
             f"decide all others that is right; else {advice}")
 
 
+def explain_not_finite(first, last, path):
+    """What happened in steps first to last, and what of the run is left at path."""
+    kept = f"{path} is from before" if path.exists() else "nothing was saved yet"
+    return (f"the loss or its gradient is not finite in steps {first} to {last}; {kept}; try a "
+            "lower --lr or a --clip")
+
+
+def progress_line(v, steps, tokens):
+    """A record of log.jsonl as a line for the terminal. steps: of the run, of so many tokens."""
+    eta = clock((steps - v["step"]) * tokens / v["tokens_per_second"])
+    return (f"step {v['step']}/{steps}  loss {v['loss']:.4f}  recon {v['recon']:.4f}  "
+            f"kl {v['kl']:.3f} x {v['kl_weight']:.2g}  lr {v['lr']:.1e}  "
+            f"grad {v['grad_norm']:.2f}  {v['tokens_per_second']:,.0f} tok/s  ETA {eta}")
+
+
 def train(a, ckpt, rank, world):
     """Trains, logs, saves, evaluates. Returns an exit status."""
     run = setup(a, ckpt, world)
@@ -559,10 +578,7 @@ def train(a, ckpt, rank, world):
                 continue                                 # nothing is read back from the device
             loss, recon, kl, norm = (summed(sums, world) / world / (done - logged)).tolist()
             if not math.isfinite(loss + recon + kl + norm):
-                kept = (out / "last.pt").exists()
-                log(f"the loss or its gradient is not finite in steps {logged + 1} to {done}; "
-                    + (f"{out}/last.pt is from before" if kept else "nothing was saved yet")
-                    + "; try a lower --lr or a --clip")
+                log(explain_not_finite(logged + 1, done, out / "last.pt"))
                 return 1
             now = time.time()
             run.seconds = spent + now - start
@@ -572,11 +588,10 @@ def train(a, ckpt, rank, world):
                 run.save("last.pt")
             if logs:
                 rate = (done - logged) * a.batch_size * ds.seq_len / (now - since)
-                eta = clock((a.steps - done) * a.batch_size * ds.seq_len / rate)
-                log(f"step {done}/{a.steps}  loss {loss:.4f}  recon {recon:.4f}  kl {kl:.3f} x "
-                    f"{kl_weight:.2g}  lr {lr:.1e}  grad {norm:.2f}  {rate:,.0f} tok/s  ETA {eta}")
-                record(step=done, loss=loss, recon=recon, kl=kl, kl_weight=kl_weight, lr=lr,
-                       grad_norm=norm, tokens_per_second=rate, seconds=run.seconds)
+                values = dict(step=done, loss=loss, recon=recon, kl=kl, kl_weight=kl_weight, lr=lr,
+                              grad_norm=norm, tokens_per_second=rate, seconds=run.seconds)
+                log(progress_line(values, a.steps, a.batch_size * ds.seq_len))
+                record(**values)
                 sums, logged, since = torch.zeros(4, device=a.device), done, now
             if rank == 0 and saves and not stopped:
                 if assess(run, log, record) and not idle:
