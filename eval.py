@@ -2,7 +2,6 @@
 
     python eval.py                                                      # the last run
     python eval.py --nfe 1 2 4 --remask prob margin --json result.json
-    python eval.py --plot joint.png                                     # needs matplotlib
     python eval.py --benchmark vocab_size=27 seq_len=256 block_size=4   # speed of a Config
 
 Metrics are printed in percent and written as fractions; losses are nats. --nfe counts evaluations
@@ -82,9 +81,6 @@ def build_parser():
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="torch device")
     g.add_argument("--json", metavar="FILE", help="write all results to this file")
-    g.add_argument("--plot", metavar="FILE",
-                   help="an image (matplotlib): true and generated joint of two-token data; "
-                   "Sudoku: accuracy during training, from log.jsonl beside the checkpoint")
     g.add_argument("--benchmark", nargs="+", metavar="FIELD=VALUE",
                    help="instead of all else: how fast a network of these fields of model.Config "
                    "trains and samples, with and without z, in batches of --batch-size (else 16)")
@@ -347,37 +343,6 @@ def heat_map(truth, generated, encoding="utf-8"):
     return "\n".join(lines)
 
 
-def import_pyplot():
-    """matplotlib.pyplot, drawing to files. Raises ValueError where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-    return matplotlib.pyplot
-
-
-def plot(path, joints, journal):
-    """An image: true and generated joint, or accuracy during training (Figure 6) from log.jsonl."""
-    plt = import_pyplot()
-    if joints:
-        fig, axes = plt.subplots(1, 2, figsize=(7, 3.4))
-        for ax, p, title in zip(axes, joints, ("true", "generated")):
-            ax.imshow(p, vmin=0, vmax=joints[0].max(), cmap="Blues")
-            ax.set(title=title, xlabel="second token", ylabel="first token")
-    else:
-        records = [json.loads(line) for line in journal.read_text().splitlines()]
-        curve = {r["step"]: r["eval"] for r in records if "eval" in r}
-        fig, ax = plt.subplots(figsize=(5, 3.4))
-        for k in ("exact", "valid", "cell"):
-            ax.plot(list(curve), [v[f"sampled_{k}"] for v in curve.values()], label=k)
-        ax.set(xlabel="step", ylabel="share of held-out puzzles, cells", ylim=(0, 1))
-        ax.legend()
-    fig.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(fig)
-
-
 def print_results(result, ds):
     """The tables."""
     shown = [k for k in METRICS if k in result["rows"][0]]
@@ -417,7 +382,6 @@ def run(argv):
     a = build_parser().parse_args(argv)
     usable(a.device)
     data.check_output(a.json)
-    data.check_output(a.plot)
     if a.benchmark:
         return write_json(a.json, benchmark(a))
     if a.iwae and not any(a.bound_steps):
@@ -428,12 +392,6 @@ def run(argv):
     start, ds = time.time(), load_data(a, model, ckpt)
     fill_defaults(a, model, ds)
     two_tokens = ds.seq_len == 2 and ds.entropy is not None
-    journal = Path(a.ckpt).parent / "log.jsonl"
-    if a.plot and not two_tokens and (ds.name != "sudoku" or not journal.exists()):
-        raise ValueError("--plot draws the joint of two tokens or, for sudoku, the log.jsonl "
-                         f"beside the checkpoint, not {ds.name}")
-    if a.plot:
-        import_pyplot()                                  # or say now that there is none
     judge = load_judge(a, ckpt)
     bounds = bound_rows(model, ds, a) if a.bound_steps else []
     rows, x = sample_rows(model, ds, a, judge)
@@ -445,16 +403,15 @@ def run(argv):
                   params=model.param_counts(), latent_dim=model.latent_dim,
                   active_units=active.tolist(), train_args=ckpt["args"], eval_args=vars(a),
                   rows=rows, bounds=bounds)
-    joints = (ds.true_joint(), ds.joint(x)) if two_tokens else None
+    if two_tokens:
+        result["joint"] = ds.joint(x).tolist()
     write_json(a.json, result)
     where = f" {a.data_path}" if a.data_path else ""
     print(f"{ds.name}{where}, {a.ckpt}, step {ckpt['step']}, {len(x):,} samples, seed {a.seed}, "
           f"{a.device}")
     print_results(result, ds)
-    if joints:
-        print("\n" + heat_map(*joints, sys.stdout.encoding or "utf-8"))
-    if a.plot:
-        plot(a.plot, joints, journal)
+    if two_tokens:
+        print("\n" + heat_map(ds.true_joint(), ds.joint(x), sys.stdout.encoding or "utf-8"))
 
 
 def write_json(path, result):

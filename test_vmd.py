@@ -7,7 +7,6 @@ import contextlib
 import functools
 import hashlib
 import http.server
-import importlib.util
 import io
 import itertools
 import json
@@ -1428,7 +1427,7 @@ def test_broken_rows_of_shah_et_al_are_named(tmp_path):
 def test_wordpiece_goldens_by_hand():
     vocab = ("[PAD] [UNK] [CLS] [SEP] [MASK] un ##aff ##able want ##want ##wa ##ed cafe ##s "
              ", ! ' don t \u6771 \u4eac a ##b \u201c x").split()
-    wp = data.WordPiece(vocab)
+    pieces = data.word_pieces(vocab)
     for text, want in (
             ("UNaffable", "un ##aff ##able"),              # the example of BERT's own code
             ("UNwanted,  unwanted!", "un ##want ##ed , un ##want ##ed !"),
@@ -1437,8 +1436,12 @@ def test_wordpiece_goldens_by_hand():
             ("\u201ca\u201c", "\u201c a \u201c"), ("a\tx\nx\u00a0x", "a x x x"),
             ("a\u200bb\u0007b", "a ##b ##b"), ("zebra a", "[UNK] a"), ("unx", "[UNK]"),
             ("a" + "b" * 99, "a" + " ##b" * 99), ("a" + "b" * 100, "[UNK]"), ("  ", "")):
-        assert [vocab[i] for i in wp.encode(text)] == want.split(), text
-    refused("[UNK]", data.WordPiece, ["a"])
+        assert [vocab[i] for i in pieces(text)] == want.split(), text
+
+
+def test_lm1b_names_the_package_that_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    refused("pip install transformers", data.encode, "a", ["[CLS]", "a"])
 
 
 def test_detokenizer_goldens_by_hand():
@@ -2081,17 +2084,6 @@ def test_heat_map_draws_what_it_is_given():
     assert lines[0].startswith("  ██  ") and lines[9].startswith("██  ")
 
 
-@pytest.mark.parametrize("ckpt", ["out", "sud"])
-def test_plot_writes_an_image_or_names_the_package(trained, monkeypatch, capsys, ckpt):
-    monkeypatch.chdir(trained)
-    flags = f"--ckpt {ckpt}/last.pt --num 2 --bound-steps --plot p.png"
-    status = evaluation.main(flags.split())
-    if importlib.util.find_spec("matplotlib"):
-        assert status == 0 and Path("p.png").read_bytes().startswith(b"\x89PNG")
-    else:
-        assert status == 2 and "pip install matplotlib" in capsys.readouterr().err
-
-
 def test_benchmark_counts_and_compares(user):
     fields = "vocab_size=27 seq_len=8 block_size=4 width=16 heads=2 layers=1 latent_dim=2"
     user("eval", f"--json b.json --batch-size 2 --nfe 2 --benchmark {fields}")
@@ -2150,7 +2142,6 @@ eval --judge out/last.pt
 eval --ckpt txt/last.pt --judge txt/last.pt
 eval --ckpt sud/last.pt --data-path none.txt
 eval --json no/such/folder/x
-eval --plot p.png --ckpt txt/last.pt
 eval --benchmark vocab_size=27
 eval --benchmark colour=1
 """
