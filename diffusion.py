@@ -14,9 +14,8 @@ It may offer
     seq_len                                     the longest sequence it reads; else any
     prior(xt, x0, z) -> mu, logvar (B, K, Z)    p(z^b | x_t^b, x_0^{<b}, z^{<b}); else N(0, I)
     prior_reads_z                               true if that prior depends on z^{<b}
-    mixture                                     true: p(z^b) is a mixture of Gaussians, with
-    component(pick) -> mu, logvar               those that pick (B, K), uniform, chooses, and
-    log_prior(z) -> (B, K)                      its log density
+    mixture                                     (2, K, S, Z), means and log variances of S Gaussians
+                                                whose mean is p(z^b), in place of prior; or None
     new_cache() -> cache with push(x, z)        finished blocks, x (B, r), z (B, 1, Z) or None
     decode_block(x, z, cache) -> (B, r, V)      decode for the block after the cached ones; else
                                                 the sampler decodes all blocks so far anew
@@ -91,6 +90,30 @@ def log_normal(z, mu, logvar):
     return -0.5 * ((z - mu) ** 2 * (-logvar).exp() + logvar + math.log(2 * math.pi)).sum(-1)
 
 
+def component(mixture, block, pick):
+    """The Gaussians of a mixture (2, K, S, Z) that pick, uniform, chooses -> (2, *pick.shape, Z).
+
+    pick (B, K) with block arange(K), or (B, R) with one block number.
+    """
+    S = mixture.shape[2]
+    return mixture[:, block, (pick * S).long().clamp(max=S - 1)]
+
+
+def log_mixture(z, mixture):
+    """log p(z^b) of a mixture (2, K, S, Z), each of S Gaussians 1/S: z (B, K, Z) -> (B, K) nats.
+
+    float64, as it expands squares; on the CPU where a device lacks it (Apple's mps).
+    """
+    work = "cpu" if z.device.type == "mps" else z.device
+    out = []
+    for v, (mu, logvar) in zip(z.to(work).double().unbind(1), mixture.to(work).double().unbind(1)):
+        precision = (-logvar).exp()                              # (S, Z); v (B, Z)
+        constant = (mu**2 * precision + logvar + math.log(2 * math.pi)).sum(-1)
+        square = v**2 @ precision.T - 2 * v @ (mu * precision).T + constant      # (B, S)
+        out.append((-0.5 * square).logsumexp(1) - math.log(len(mu)))
+    return torch.stack(out, dim=1).to(z)
+
+
 def token_nats(logits, x0):
     """-log p(x_0^i) of every token: logits (B, L, V), x0 (B, L) -> (B, L) nats, float32."""
     nats = F.cross_entropy(logits.float().flatten(0, 1), x0.flatten(), reduction="none")
@@ -108,8 +131,8 @@ def prior_of(model, xt, x0, z, pick):
     The model's Gaussian prior, N(0, I) if it has none, or the component of its mixture that pick
     (B, K), uniform, chooses.
     """
-    if getattr(model, "mixture", False):
-        return model.component(pick)
+    if getattr(model, "mixture", None) is not None:
+        return component(model.mixture, torch.arange(z.shape[1], device=z.device), pick)
     if not hasattr(model, "prior"):
         return torch.zeros_like(z), torch.zeros_like(z)
     return model.prior(xt, x0, z)
@@ -132,10 +155,10 @@ def draw_latent(model, xt, x0, eps, pick, active, closed_form=True):
         p = prior_of(model, xt, x0, z, pick)
         q = tuple(torch.where(active[..., None], a, b) for a, b in zip(encoded, p))
         z = q[0] + (0.5 * q[1]).exp() * eps
-    mixture = getattr(model, "mixture", False)
-    if closed_form and not mixture:
+    mixture = getattr(model, "mixture", None)
+    if closed_form and mixture is None:
         return z, gaussian_kl(*q, *p)
-    log_p = model.log_prior(z) if mixture else log_normal(z, *p)
+    log_p = log_normal(z, *p) if mixture is None else log_mixture(z, mixture)
     return z, (log_normal(z, *q) - log_p) * active
 
 
@@ -348,8 +371,8 @@ def draw_z(model, x, zs, eps, pick, guess=None):
     x, guess (B, b r) ids of blocks 1..b; zs (B, b - 1, Z) earlier latents; eps (B, R, Z), pick
     (B, R) noise.
     """
-    if guess is None and getattr(model, "mixture", False):
-        mu, logvar = model.component(pick)
+    if guess is None and getattr(model, "mixture", None) is not None:
+        mu, logvar = component(model.mixture, zs.shape[1], pick)
     elif guess is None:                                  # eps: a prior of z^b does not read z^b
         mu, logvar = prior_of(model, x, x, torch.cat([zs, eps[:, :1]], dim=1), None)
         mu, logvar = mu[:, -1:], logvar[:, -1:]

@@ -25,7 +25,6 @@ from torch import nn
 CONDITIONING = ("adaln", "shared", "add")
 POOLING = ("mean", "gated")
 PRIOR = ("standard", "block", "noised", "aggregate")
-AGGREGATE_FLOOR = 0.05  # share of N(0, I) in the aggregate prior
 LOGVAR_RANGE = (-12.0, 8.0)  # clamp: sigma from e^-6 to e^4
 # differs from the paper: sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
 LOGVAR_INIT = -4.0
@@ -50,7 +49,7 @@ class Config:
     pooling: str = "mean"  # how the encoder summarises a block: mean (C.1) or gated (C.2)
     # N(0, I); block p(z^b | z^{<b}) (E.2); noised p(z^b | x_t^b, x_0^{<b}) (E.3); aggregate
     prior: str = "standard"
-    bank: int = 4096  # posteriors of the aggregate prior
+    bank: int = 16384  # posteriors of the aggregate prior, shared out among the blocks
     prefix_len: int = 0  # tokens at the start that are never masked: gated pooling skips them
 
     def __post_init__(self):
@@ -339,8 +338,10 @@ class VMD(nn.Module):
         self.encoder = Encoder(c) if c.latent_dim else None
         self.conditioner = Conditioner(c) if c.latent_dim else None
         self.prior_reads_z, self.prior_net = c.prior == "block", None
+        self.register_buffer("bank", None)
         if c.latent_dim and c.prior == "aggregate":      # means and log variances; zeros: N(0, I)
-            self.register_buffer("bank", torch.zeros(2, c.bank, c.latent_dim))
+            K = c.seq_len // c.block_size
+            self.bank = torch.zeros(2, K, max(2, c.bank // K), c.latent_dim)
         elif c.latent_dim and c.prior != "standard":
             self.prior_net = BlockPrior(c) if self.prior_reads_z else Encoder(c, own=False)
 
@@ -374,29 +375,9 @@ class VMD(nn.Module):
 
     @property
     def mixture(self):
-        """Whether p(z) is the aggregate of training posteriors. Training is against N(0, I)."""
-        return self.config.prior == "aggregate" and self.latent_dim > 0 and not self.training
-
-    def component(self, pick):
-        """The Gaussian of the aggregate prior that pick (B, K), uniform, chooses -> mu, logvar.
-
-        p(z) = (1 - e) mean_j q(z | all masked, x_0^j) + e N(0, I), over the bank's training
-        sequences j (Tomczak & Welling 2018), e = AGGREGATE_FLOOR. Beyond the paper.
-        """
-        S, e = self.bank.shape[1], AGGREGATE_FLOOR
-        j = ((pick - e) / (1 - e) * S).long().clamp(0, S - 1)
-        return tuple(torch.where(pick[..., None] < e, 0.0, v[j]) for v in self.bank)
-
-    def log_prior(self, z):
-        """log p(z) of the aggregate prior, in nats: z (B, K, Z) -> (B, K)."""
-        (mu, logvar), e = self.bank, AGGREGATE_FLOOR
-        floor = -0.5 * (z**2 + math.log(2 * math.pi)).sum(-1) + math.log(e)
-        out = []
-        for part in z.flatten(0, 1).split(64):           # (64, S, Z) at a time
-            square = (part[:, None] - mu) ** 2 * (-logvar).exp()
-            log_q = -0.5 * (square + logvar + math.log(2 * math.pi)).sum(-1)
-            out.append(log_q.logsumexp(1) + math.log((1 - e) / len(mu)))
-        return torch.logaddexp(torch.cat(out).view(z.shape[:2]), floor)
+        """(2, K, S, Z), the bank of the aggregate prior; None for others and in training, which is
+        against N(0, I)."""
+        return None if self.training else self.bank
 
     def decode(self, xt, x0, z, keep=None):
         """Training form, all blocks at once -> logits (B, L, V) float32.

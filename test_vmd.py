@@ -450,7 +450,7 @@ def test_iwae_is_unbiased_and_lies_between_the_exact_nll_and_nelbo(Z, prior, ste
     if Z:
         m.encoder.head.bias.data[1] = 0.0    # sigma near 1: weights of a small variance
     if prior == "aggregate":
-        logp = m.log_prior(grid)[:, 0]
+        logp = diffusion.log_mixture(grid, m.mixture)[:, 0]
     else:
         logp = Normal(0.0, 1.0).log_prob(grid)[:, 0, 0]
     density = logp.double().exp() * 18 / 2000
@@ -547,20 +547,21 @@ def test_a_resampled_latent_is_drawn_from_the_prior_given_x_t_and_the_last_earli
 # ---- beyond the paper: aggregate prior, latent dropout, given tokens that choose z
 
 def test_the_aggregate_prior_is_the_mixture_of_its_bank():
-    m, e = tiny(6, 2, Z=2, prior="aggregate", bank=50), network.AGGREGATE_FLOOR
-    mu, logvar = torch.cat([m.bank, torch.zeros(2, 1, 2)], 1)
-    share = torch.distributions.Categorical(torch.tensor([(1 - e) / 50] * 50 + [e]))
-    components = torch.distributions.Independent(normal(mu, logvar), 1)
-    mixture = torch.distributions.MixtureSameFamily(share, components)
+    m, masks = tiny(6, 2, Z=2, prior="aggregate", bank=150), torch.full((20_000, 6), 3)
+    m.bank[:, 1] += 1                                    # each block has a mixture of its own
+    components = torch.distributions.Independent(normal(*m.bank), 1)
+    uniform = torch.distributions.Categorical(torch.ones(3, 50))
+    mixture = torch.distributions.MixtureSameFamily(uniform, components)
     z = torch.randn(70, 3, 2) * 2
-    assert_close(m.log_prior(z), mixture.log_prob(z))
-    zs = []
+    assert_close(diffusion.log_mixture(z, m.mixture), mixture.log_prob(z))
+    zs, drawn = [], diffusion.draw_latent(m, masks, masks * 0, torch.randn(20_000, 3, 2),
+                                          torch.rand(20_000, 3), torch.zeros(20_000, 3) > 0)[0]
     m.decode_block = lambda x, z, cache: zs.append(z) or torch.zeros(len(x), 2, 3)
-    diffusion.sample(m, torch.full((20_000, 6), 3), generator=gen(0))
-    z = torch.cat(zs).flatten(0, 1)                      # drawn from it
-    assert_close(z.mean(0), mixture.mean, atol=0.05, rtol=0)
-    assert_close(z.var(0), mixture.variance, atol=0, rtol=0.05)
-    assert_close(tiny(Z=2, prior="aggregate", bank=1).train().prior(None, None, z), (z * 0, z * 0))
+    diffusion.sample(m, masks, generator=gen(0))
+    for z in (drawn, torch.cat(zs, dim=1)):              # drawn from it
+        assert_close(z.mean(0), mixture.mean, atol=0.05, rtol=0)
+        assert_close(z.var(0), mixture.variance, atol=0, rtol=0.06)
+    assert m.train().mixture is None                     # training is against N(0, I)
 
 
 @pytest.mark.parametrize("conditioning", network.CONDITIONING)
@@ -640,10 +641,10 @@ def test_given_tokens_choose_z_from_its_posterior():
 def test_the_bank_is_of_training_sequences_and_survives_a_resume(tmp_path):
     fast(tmp_path, "--prior aggregate --bank 30 --dataset d1 --block-size 2 --ema 0.9")
     m, ckpt = load_checkpoint(tmp_path / "last.pt")
-    x0, _ = data.load("d1").batch(30, gen(3))
-    mu, logvar = m.encode(torch.full_like(x0, 10), x0)   # all masked; blocks pooled
-    assert_close(m.bank, torch.stack([mu.flatten(0, 1), logvar.flatten(0, 1)])[:, :30])
-    assert m.mixture and not (ckpt["model"]["bank"] == ckpt["ema"]["bank"]).all()
+    x0, _ = data.load("d1").batch(14, gen(3))            # 15 for each block, the last N(0, I)
+    want = torch.stack(m.encode(torch.full_like(x0, 10), x0)).transpose(1, 2)    # all masked
+    assert_close(m.bank[:, :, :14], want)
+    assert (m.bank[:, :, 14:] == 0).all() and (ckpt["model"]["bank"] == 0).all()
     assert torch.equal(resumed(tmp_path)["ema"]["bank"], m.bank)
     flags = f"--ckpt {tmp_path}/last.pt --num 20 --bound-num 9 --latent none"
     assert evaluation.main(flags.split()) == 0
@@ -1593,6 +1594,9 @@ def test_settings_come_from_the_preset_and_then_from_the_flags():
             ("", dict(preset="small", dataset="pairs", layers=3, kl_weight=1.5, t_min=0.5)),
             ("--dataset needle --kl-weight 4", dict(kl_weight=4, kl_start=0.01, batch_size=128)),
             ("--preset paper", dict(kl_weight=4, kl_start=4)),                           # C.1
+            ("--prior aggregate", dict(kl_weight=0.1, kl_start=0.001, full_mask_share=0)),
+            ("--prior aggregate --dataset sudoku --kl-weight 1", dict(kl_weight=1,
+                                                                      full_mask_share=0.5)),
             ("--preset paper --kl-weight 2", dict(layers=8, encoder_layers=2, batch_size=10_000,
                                                   lr=1e-3, kl_weight=2)),
             ("--preset paper --dataset sudoku",                                          # C.2
