@@ -1594,7 +1594,7 @@ def test_settings_come_from_the_preset_and_then_from_the_flags():
             ("", dict(preset="small", dataset="pairs", layers=3, kl_weight=1.5, t_min=0.5)),
             ("--dataset needle --kl-weight 4", dict(kl_weight=4, kl_start=0.01, batch_size=128)),
             ("--preset paper", dict(kl_weight=4, kl_start=4)),                           # C.1
-            ("--prior aggregate", dict(kl_weight=0.1, kl_start=0.001, full_mask_share=0.25)),
+            ("--prior aggregate", dict(kl_weight=0.02, kl_start=0.001, full_mask_share=0.25)),
             ("--prior aggregate --dataset sudoku --kl-weight 1", dict(kl_weight=1,
                                                                       full_mask_share=0.5)),
             ("--preset paper --kl-weight 2", dict(layers=8, encoder_layers=2, batch_size=10_000,

@@ -137,9 +137,10 @@ PRESETS = {name: {"small": NO_FLAG | SMALL.get(name, {}),   # what differs from 
                   "paper": NO_FLAG | PAPER | PAPER_DATA.get(name, {})} for name in data.DATASETS}
 # What --prior aggregate changes in either preset: a KL weight under which posteriors part cleanly,
 # and rows trained on the latents of sampling. (For text z would copy the text.)
-AGGREGATE = dict.fromkeys(data.DATASETS, dict(kl_weight=0.1, full_mask_share=0.25)) | {
-    "pairs_strength": dict(kl_weight=0.1, full_mask_share=0.25, latent_dim=8),
-    "sudoku": dict(kl_weight=0.1, full_mask_share=0.5)} | dict.fromkeys(TEXT, {})
+AGGREGATE = dict.fromkeys(data.SYNTHETIC, dict(kl_weight=0.02, full_mask_share=0.25)) | {
+    "pairs_strength": dict(kl_weight=0.02, full_mask_share=0.25, latent_dim=8),
+    "sudoku": dict(kl_weight=0.1, full_mask_share=0.5),
+    "array": dict(kl_weight=0.1, full_mask_share=0.25)} | dict.fromkeys(TEXT, {})
 
 NETWORK = ("width", "heads", "layers", "encoder_layers", "latent_dim", "latent_hidden",
            "conditioning", "pooling", "prior", "bank")   # settings that are fields of Config
