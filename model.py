@@ -77,16 +77,16 @@ def norm(layer, x):
 
 
 def rotary(position, d):
-    """RoPE (Su et al. 2021): positions (n,) -> cosines and sines of the angles, each (n, d/2)."""
+    """RoPE (Su et al. 2021): positions (n,) -> cosines and signed sines of the angles, (n, d)."""
     frequency = 10000.0 ** (-torch.arange(0, d, 2, device=position.device, dtype=torch.float32) / d)
-    angle = position[:, None] * frequency
-    return angle.cos(), angle.sin()
+    angle = position[:, None] * frequency                # (n, d/2)
+    return angle.cos().repeat(1, 2), torch.cat([-angle.sin(), angle.sin()], dim=1)
 
 
 def rotate(x, rope):
     """Rotates feature pairs (i, i + d/2) of x (..., n, d) by the angles of `rotary`."""
-    (cos, sin), (a, b) = rope, x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+    cos, sin = rope
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 class Layer(nn.Module):
