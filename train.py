@@ -136,9 +136,11 @@ PAPER_DATA = {
 PRESETS = {name: {"small": NO_FLAG | SMALL.get(name, {}),   # what differs from FLAGS
                   "paper": NO_FLAG | PAPER | PAPER_DATA.get(name, {})} for name in data.DATASETS}
 # What --prior aggregate changes in either preset: a KL weight under which posteriors part cleanly,
-# and rows trained on the latents of sampling. (For text z would copy the text.)
+# and rows trained on the latents of sampling. The smaller, the more of the data z copies: text
+# keeps its weight, data with noise or too many sequences to learn by heart have the larger one.
 AGGREGATE = dict.fromkeys(data.SYNTHETIC, dict(kl_weight=0.02, full_mask_share=0.25)) | {
     "pairs_strength": dict(kl_weight=0.02, full_mask_share=0.25, latent_dim=8),
+    "needle": dict(kl_weight=0.1, full_mask_share=0.25),
     "sudoku": dict(kl_weight=0.1, full_mask_share=0.5),
     "array": dict(kl_weight=0.1, full_mask_share=0.25)} | dict.fromkeys(TEXT, {})
 
