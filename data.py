@@ -10,6 +10,8 @@ Every dataset has
     vocab               list of V strings, or None where ids are numbers
     seq_len             L
     prefix_len          tokens at the start of a sequence that are always given
+    places              L lists of numbers, what a position has in common with others (its row), or
+                        None
     entropy             of a sequence, nats, or None where it is not known
     nfe, remask, temperature, score_num, bound_num
                         how it is scored if nothing else is asked for; temperature None: the
@@ -76,7 +78,7 @@ class Synthetic:
     """
 
     vocab_size = 10
-    vocab = temperature = None
+    vocab = temperature = places = None
     prefix_len = 0
     nfe = 1
     remask = "prob"
@@ -156,7 +158,7 @@ class Array:
     """
 
     name = "array"
-    vocab = entropy = temperature = None
+    vocab = entropy = temperature = places = None
     nfe = 1
     remask = "prob"
     score_num = 1000
@@ -566,6 +568,19 @@ class Sudoku:
         self.seq_len = 2 * self.cells + 2 if prefix else self.cells
         self.prefix_len = self.cells + 1 if prefix else 0
 
+    @property
+    def places(self):
+        """Of each position its row, column, box and, in the prefix layout, part: L lists."""
+        n, (h, w) = self.grid, BOXES[self.grid]
+        cells = []
+        for i, j in itertools.product(range(n), repeat=2):
+            cells.append([i, n + j, 2 * n + i // h * (n // w) + j // w])
+        if self.layout == "board":
+            return cells
+        puzzle, sep, solution, eos = range(3 * n, 3 * n + 4)
+        return [*([*cell, puzzle] for cell in cells), [sep] * 4,
+                *([*cell, solution] for cell in cells), [eos] * 4]
+
     @functools.cached_property
     def split(self):
         """Training and test puzzles of all sources but shah: two arrays (2, N, n n) uint8."""
@@ -822,7 +837,7 @@ class Text:
     alphabet="text8", its letters as text8 has them.
     """
 
-    entropy = None
+    entropy = places = None
     prefix_len = 0
     nfe = 4
     remask = "random"

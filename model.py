@@ -29,7 +29,7 @@ LOGVAR_RANGE = (-12.0, 8.0)  # clamp: sigma from e^-6 to e^4
 # differs from the paper: sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
 LOGVAR_INIT = -4.0
 CHUNK = 64  # queries that attend together in training: L = 256 trains a tenth faster than in one go
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 
 
 @dataclass
@@ -51,6 +51,9 @@ class Config:
     prior: str = "standard"
     bank: int = 16384  # posteriors of the aggregate prior, shared out among the blocks
     prefix_len: int = 0  # tokens at the start that are never masked: gated pooling skips them
+    # r lists of equally many numbers: a place of the block is embedded by their sum (a board: row,
+    # column, box); None: each has one number, its own
+    places: list | None = None
 
     def __post_init__(self):
         # without a latent there is no encoder
@@ -65,6 +68,8 @@ class Config:
             raise ValueError(f"width {self.width} is no multiple of 2 x heads = {2 * self.heads}")
         if self.prefix_len >= self.seq_len:
             raise ValueError(f"prefix_len {self.prefix_len} leaves none of {self.seq_len} tokens")
+        if self.places and len(self.places) != self.block_size:
+            raise ValueError(f"places has {len(self.places)} lists, not {self.block_size}")
         known = dict(conditioning=CONDITIONING, pooling=POOLING, prior=PRIOR)
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -133,12 +138,15 @@ class Stack(nn.Module):
 
     # differs from the paper: to RoPE comes a learned embedding of the place within the block. RoPE
     # alone acts on attention scores only: where all values are equal, as in a fully masked first
-    # block, every position would get the same output, and one step could not write "3 4".
+    # block, every position would get the same output, and one step could not write "3 4". Where
+    # `places` says so, positions share numbers: a board learns its rows, columns and boxes sooner.
     """
 
-    def __init__(self, layers, D, H, r):
+    def __init__(self, layers, D, H, r, places):
         super().__init__()
-        self.place = nn.Embedding(r, D)
+        numbers = torch.tensor(places or [[i] for i in range(r)])        # (r, numbers of a place)
+        self.register_buffer("numbers", numbers, persistent=False)
+        self.place = nn.Embedding(int(numbers.max()) + 1, D)
         self.layers = nn.ModuleList(Layer(D, H) for _ in range(layers))
 
     def forward(self, h, block, attends, mods=None):
@@ -147,7 +155,8 @@ class Stack(nn.Module):
         attends: one function for each layer, see `Layer`; mods: one tensor for each, None: zeros.
         """
         r, D = h.shape[2:]
-        h = h + self.place.weight
+        place = self.place(self.numbers).sum(1) / self.numbers.shape[1] ** 0.5   # of one variance
+        h = h + place
         token = torch.arange(r, device=h.device)
         rope = rotary((block[:, None] * r + token).flatten(), D // self.layers[0].heads)
         if mods is None:
@@ -248,7 +257,7 @@ class Encoder(nn.Module):
         self.embed_xt = nn.Embedding(c.vocab_size + 1, c.width)
         reads_x0 = own or c.seq_len > c.block_size       # else: no parameter without a gradient
         self.embed_x0 = nn.Embedding(c.vocab_size, c.width) if reads_x0 else None
-        self.stack = Stack(c.encoder_layers, c.width, c.heads, c.block_size)
+        self.stack = Stack(c.encoder_layers, c.width, c.heads, c.block_size, c.places)
         self.norm = nn.LayerNorm(c.width, bias=False)
         self.gate = nn.Linear(c.width, 1, bias=False) if c.pooling == "gated" else None
         self.head = nn.Linear(c.width, 2 * c.latent_dim)
@@ -332,7 +341,7 @@ class VMD(nn.Module):
         self.vocab_size, self.seq_len = c.vocab_size, c.seq_len
         self.block_size, self.latent_dim = c.block_size, c.latent_dim
         self.embed = nn.Embedding(c.vocab_size + 1, c.width)
-        self.stack = Stack(c.layers, c.width, c.heads, c.block_size)
+        self.stack = Stack(c.layers, c.width, c.heads, c.block_size, c.places)
         self.norm = nn.LayerNorm(c.width, bias=False)
         self.head = nn.Linear(c.width, c.vocab_size)
         self.encoder = Encoder(c) if c.latent_dim else None

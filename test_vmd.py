@@ -257,6 +257,21 @@ def test_logits_and_gradients_are_those_of_one_sequence_under_a_dense_mask(
         assert (a is None) == (b is None) and (a is None or a.sub(b).abs().max() < 1e-4)
 
 
+def test_a_place_is_embedded_as_the_scaled_sum_of_its_numbers():
+    places = [[0, 2], [0, 3], [1, 2], [1, 3]]
+    m, plain, x = tiny(L=4, r=4, places=places), tiny(L=4, r=4), torch.tensor([[3, 0, 3, 1]])
+    for part in ("stack", "encoder.stack"):
+        weight = m.get_submodule(part).place.weight.data
+        sums = torch.stack([weight[a] + weight[b] for a, b in places]) / 2**0.5
+        plain.get_submodule(part).place.weight.data = sums
+    plain.load_state_dict({k: v for k, v in m.state_dict().items() if "place" not in k},
+                          strict=False)
+    z = torch.randn(1, 1, 3)
+    assert_close(m.decode(x, x, z), plain.decode(x, x, z))
+    assert_close(m.encode(x, x % 3), plain.encode(x, x % 3))
+    refused("places has 3 lists", tiny, L=4, r=4, places=places[:3])
+
+
 def test_masked_positions_of_a_fully_masked_block_are_told_apart():
     """With RoPE alone they are not: attention over equal values is the same everywhere."""
     m, masks = tiny(4, 4, Z=0), torch.full((1, 4), 3)
@@ -1040,6 +1055,18 @@ def test_prompts_are_mapped_as_the_training_data_were():
 
 
 # ---- Sudoku
+
+@pytest.mark.parametrize("n", [4, 6, 9])
+def test_cells_share_a_number_if_and_only_if_they_share_a_unit(n):
+    places = data.Sudoku(n, "board").places
+    share = torch.zeros(n * n, n * n, dtype=torch.bool)
+    for u in data.units(torch.arange(n * n).view(n, n, 1).numpy()):
+        for unit in u.reshape(n, n).T:                   # n cells each
+            share[unit[:, None], unit] = True
+    for i, j in itertools.product(range(n * n), repeat=2):
+        assert share[i, j] == bool(set(places[i]) & set(places[j]))
+    prefix = data.Sudoku(n, "prefix")
+    assert len(prefix.places) == prefix.seq_len and {len(p) for p in prefix.places} == {4}
 
 @functools.cache
 def generated(n):
@@ -1881,7 +1908,7 @@ def trained(tmp_path_factory):
     np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 5, (40, 6)))
     run_script(folder, "train.py", *FAST)
     with contextlib.chdir(folder):
-        fast("sud", "--dataset sudoku --grid 4 --puzzles 300")
+        fast("sud", "--dataset sudoku --grid 4 --puzzles 300 --steps 40 --lr 0.01")
         fast("txt", "--dataset text --data-path t.txt --length 16")
     return folder
 

@@ -101,7 +101,7 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
         eval_every=(250, count, "steps between evaluations, each after a checkpoint")),
 }
 TEXT = ("text8", "lm1b", "text")
-NO_FLAG = dict(latent_hidden=4, pooling="mean")          # fields of Config that only presets set
+NO_FLAG = dict(latent_hidden=4, pooling="mean", places=True)     # what only presets set
 # differs from the paper: two CPU cores, minutes; KL ramp, clipping, cosine decay, averaged weights.
 # A larger t_min spends the samples where z matters; a KL weight above 1 closes the holes that the
 # posteriors leave in the prior (for pairs z is not worth a weight of 2). Text: t in {1/2, 1}
@@ -128,8 +128,8 @@ PAPER_DATA = {
     "pairs": dict(kl_weight=4.0),                        # C.1: "for the uniform data experiments"
     "sudoku": dict(                                      # 300 epochs of 1.8 million puzzles
         grid=9, layout="prefix", width=256, heads=8, layers=6, encoder_layers=4, latent_dim=128,
-        latent_hidden=1, conditioning="shared", pooling="gated", batch_size=1024, steps=527_344,
-        decay_from=0.0),
+        latent_hidden=1, conditioning="shared", pooling="gated", places=False, batch_size=1024,
+        steps=527_344, decay_from=0.0),
 } | dict.fromkeys(TEXT, dict(                            # steps are BD3-LM's, the paper has none
     block_size=4, width=256, heads=8, encoder_layers=4, latent_dim=128, conditioning="add",
     batch_size=512, steps=1_000_000, lr=3e-4, warmup=2500, ema=0.9999))
@@ -391,8 +391,10 @@ def setup(a, ckpt, world):
     ds.about                                             # reads the data
     if world > 1 and not local:
         dist.barrier()
+    one_block = a.block_size in (0, ds.seq_len)
     config = Config(ds.vocab_size, ds.seq_len, a.block_size or ds.seq_len,
-                    prefix_len=ds.prefix_len, **{k: getattr(a, k) for k in NETWORK})
+                    prefix_len=ds.prefix_len, places=ds.places if a.places and one_block else None,
+                    **{k: getattr(a, k) for k in NETWORK})
     if ckpt and asdict(config) != ckpt["config"]:
         raise ValueError(f"the data differs from what was trained on: {ckpt['config']}")
     model = VMD(config).to(a.device)
@@ -413,7 +415,7 @@ def setup(a, ckpt, world):
 def take_decoder(model, path, vocab):
     """Copies the decoder of another checkpoint (E.5). Raises ValueError if it has another shape."""
     source, other = load_checkpoint(path)
-    for k in ("vocab_size", "block_size", "width", "heads", "layers"):
+    for k in ("vocab_size", "block_size", "width", "heads", "layers", "places"):
         if getattr(source.config, k) != getattr(model.config, k):
             raise ValueError(f"the decoder of {path} has {k} {getattr(source.config, k)}, not "
                              f"{getattr(model.config, k)}")
