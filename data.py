@@ -35,6 +35,7 @@ import re
 import sys
 import tarfile
 import time
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -732,6 +733,8 @@ BERT_VOCAB = ("https://huggingface.co/bert-base-uncased/resolve/"
               "86b5e0934494bd15c9632b12f734a8a67f723594/vocab.txt",
               "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"  # text8's 27 symbols
+CJK = re.compile("([\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+                 "\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f])")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -773,16 +776,60 @@ def detokenize(line):
     return line.replace("$ ", "$").replace("\u00a3 ", "\u00a3")
 
 
-def word_pieces(vocab):
-    """BERT's uncased tokenizer (Devlin et al. 2019) -> function from a text to ids of `vocab`,
-    without [CLS] and [SEP]. Raises ValueError where its package is not installed.
+class WordPiece:
+    """BERT's uncased tokenizer (Devlin et al. 2019): text -> ids of a given vocabulary.
+
+    vocab: list of tokens; must hold [UNK], [CLS], [SEP]. Raises ValueError if it does not.
     """
-    try:
-        from tokenizers import BertWordPieceTokenizer
-    except ImportError:
-        raise ValueError("lm1b needs the package tokenizers: pip install transformers") from None
-    pieces = BertWordPieceTokenizer({token: i for i, token in enumerate(vocab)})
-    return lambda text: pieces.encode(text, add_special_tokens=False).ids
+
+    def __init__(self, vocab):
+        self.ids = {token: i for i, token in enumerate(vocab)}
+        for token in ("[UNK]", "[CLS]", "[SEP]"):
+            if token not in self.ids:
+                raise ValueError(f"the vocabulary lacks {token}")
+        self.unk, self.cls, self.sep = (self.ids[t] for t in ("[UNK]", "[CLS]", "[SEP]"))
+        self.word = functools.lru_cache(1 << 20)(self._word)
+
+    def encode(self, text):
+        """Ids of a text, without [CLS] and [SEP]."""
+        if not text.isascii() or not text.isprintable():
+            text = "".join(self._clean(c) for c in CJK.sub(r" \1 ", text))
+        return [i for word in text.split(" ") for i in self.word(word)]
+
+    @staticmethod
+    def _clean(c):
+        """White space to a space, control characters to nothing."""
+        kind = unicodedata.category(c)
+        if c in "\t\n\r" or kind.startswith("Z"):
+            return " "
+        return "" if c == "\ufffd" or kind in ("Cc", "Cf") else c
+
+    def _word(self, word):
+        """Ids of one word: lower case, no accents, each sign apart."""
+        pieces = [""]
+        for c in unicodedata.normalize("NFD", word.lower()):
+            kind = unicodedata.category(c)
+            if kind.startswith("P") or c.isascii() and c.isprintable() and not c.isalnum():
+                pieces += [c, ""]
+            elif kind != "Mn":
+                pieces[-1] += c
+        return tuple(itertools.chain(*map(self._match, pieces)))
+
+    def _match(self, piece):
+        """Greedy longest match first, ## after the first part; [UNK] where nothing matches."""
+        if len(piece) > 100:
+            return [self.unk]
+        out, start = [], 0
+        while start < len(piece):
+            for end in range(len(piece), start, -1):
+                i = self.ids.get(("##" if start else "") + piece[start:end])
+                if i is not None:
+                    break
+            else:
+                return [self.unk]
+            out.append(i)
+            start = end
+        return out
 
 
 def read_lm1b(data_dir):
@@ -796,7 +843,7 @@ def read_lm1b(data_dir):
     vocab_file = download(BERT_VOCAB[0], folder / "bert-base-uncased-vocab.txt", BERT_VOCAB[1])
     vocab = vocab_file.read_text(encoding="utf-8").splitlines()
     if not (train.exists() and held.exists()):
-        pieces, sep = word_pieces(vocab), vocab.index("[SEP]")
+        pieces = WordPiece(vocab)
         archive = download(LM1B[0], folder / "lm1b.tar.gz", LM1B[1])
         with (tarfile.open(archive, mode="r|gz") as tar, whole(train) as train_file,
               whole(held) as held_file,
@@ -807,8 +854,8 @@ def read_lm1b(data_dir):
                     continue
                 out = train_file if shard[1] else held_file
                 for line in tar.extractfile(member):
-                    ids = pieces(detokenize(line.decode("utf-8").rstrip("\n")))
-                    out.write(np.array([*ids, sep], np.uint16).tobytes())
+                    ids = pieces.encode(detokenize(line.decode("utf-8").rstrip("\n")))
+                    out.write(np.array([*ids, pieces.sep], np.uint16).tobytes())
                     bar.update()
     return np.memmap(train, np.uint16, "r"), np.memmap(held, np.uint16, "r"), vocab
 
@@ -1071,9 +1118,10 @@ def encode(text, vocab, vocab_size=None, blank="_"):
         return torch.tensor(ids, dtype=torch.int64)
     parts = text.split(blank) if blank else [text]
     if "[CLS]" in vocab:
-        pieces, ids = word_pieces(vocab), [vocab.index("[CLS]")]
+        pieces = WordPiece(vocab)
+        ids = [pieces.cls]
         for part in parts:
-            ids += [*pieces(part), V]
+            ids += [*pieces.encode(part), V]
         return torch.tensor(ids[:-1])
     if vocab == list(ALPHABET):
         parts = map(to_text8, parts)

@@ -1455,7 +1455,7 @@ def test_broken_rows_of_shah_et_al_are_named(tmp_path):
 def test_wordpiece_goldens_by_hand():
     vocab = ("[PAD] [UNK] [CLS] [SEP] [MASK] un ##aff ##able want ##want ##wa ##ed cafe ##s "
              ", ! ' don t \u6771 \u4eac a ##b \u201c x").split()
-    pieces = data.word_pieces(vocab)
+    wp = data.WordPiece(vocab)
     for text, want in (
             ("UNaffable", "un ##aff ##able"),              # the example of BERT's own code
             ("UNwanted,  unwanted!", "un ##want ##ed , un ##want ##ed !"),
@@ -1464,12 +1464,8 @@ def test_wordpiece_goldens_by_hand():
             ("\u201ca\u201c", "\u201c a \u201c"), ("a\tx\nx\u00a0x", "a x x x"),
             ("a\u200bb\u0007b", "a ##b ##b"), ("zebra a", "[UNK] a"), ("unx", "[UNK]"),
             ("a" + "b" * 99, "a" + " ##b" * 99), ("a" + "b" * 100, "[UNK]"), ("  ", "")):
-        assert [vocab[i] for i in pieces(text)] == want.split(), text
-
-
-def test_lm1b_names_the_package_that_it_lacks(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    refused("pip install transformers", data.encode, "a", ["[CLS]", "a"])
+        assert [vocab[i] for i in wp.encode(text)] == want.split(), text
+    refused("[UNK]", data.WordPiece, ["a"])
 
 
 def test_detokenizer_goldens_by_hand():

@@ -113,6 +113,7 @@ SMALL = {
     "pairs_strength": dict(latent_dim=2, kl_weight=0.8),
     "d2": dict(steps=1500),
     "needle": dict(batch_size=128, t_min=0.7, kl_start=1e-2, kl_weight=2.0),
+    "array": dict(steps=3000),
     "sudoku": dict(
         grid=6, layout="board", width=96, heads=8, layers=4, batch_size=128, steps=4000,
         kl_weight=1.0, kl_ramp=[0.02, 0.25]),
@@ -258,7 +259,8 @@ def wrap(model, a, world):
         step_fn.compile()
     if world > 1:
         ids = [torch.cuda.current_device()] if a.device.startswith("cuda") else None
-        step_fn = nn.parallel.DistributedDataParallel(step_fn, device_ids=ids)
+        step_fn = nn.parallel.DistributedDataParallel(step_fn, device_ids=ids,
+                                                     broadcast_buffers=False)
     return step_fn
 
 
