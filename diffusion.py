@@ -8,7 +8,8 @@ Source: "Variational Masked Diffusion Models" (equation and algorithm numbers ar
 torch only and imports nothing of this project: copy it.
 
 A model offers vocab_size V, block_size r, latent_dim Z (0: no latent), and
-    decode(xt, x0, z) -> logits (B, L, V)       reads x_t^b, x_0^{<b}, z^{<=b}; z None if Z = 0
+    decode(xt, x0, z) -> logits (B, L, V)       reads x_t^b, x_0^{<b}, z^{<=b}; z None if Z = 0;
+                                                or (T, B, L, V) in training: T losses, averaged
     encode(xt, x0) -> mu, logvar (B, K, Z)      q(z^b | x_t^b, x_0^{<=b}); not needed if Z = 0
 It may offer
     seq_len                                     the longest sequence it reads; else any
@@ -115,7 +116,12 @@ def log_mixture(z, mixture):
 
 
 def token_nats(logits, x0):
-    """-log p(x_0^i) of every token: logits (B, L, V), x0 (B, L) -> (B, L) nats, float32."""
+    """-log p(x_0^i) of every token: logits (B, L, V), x0 (B, L) -> (B, L) nats, float32.
+
+    Logits (T, B, L, V), predictions after each of T loops: the mean of their nats.
+    """
+    if logits.dim() == 4:
+        return torch.stack([token_nats(v, x0) for v in logits]).mean(0)
     nats = F.cross_entropy(logits.float().flatten(0, 1), x0.flatten(), reduction="none")
     return nats.view_as(x0)
 

@@ -42,6 +42,7 @@ class Config:
     width: int = 64  # D
     heads: int = 4  # H
     layers: int = 8  # of the decoder
+    loops: int = 1  # times that these layers run one after the other, as one of loops x layers
     encoder_layers: int = 2
     latent_dim: int = 32  # Z per block; 0: no latent, no encoder
     latent_hidden: int = 4  # width of the hidden layers of z's MLP, in units of D
@@ -142,28 +143,36 @@ class Stack(nn.Module):
     # `places` says so, positions share numbers: a board learns its rows, columns and boxes sooner.
     """
 
-    def __init__(self, layers, D, H, r, places):
+    def __init__(self, layers, D, H, r, places, loops=1):
         super().__init__()
+        self.loops, self.depth = loops, layers * loops
         numbers = torch.tensor(places or [[i] for i in range(r)])        # (r, numbers of a place)
         self.register_buffer("numbers", numbers, persistent=False)
         self.place = nn.Embedding(int(numbers.max()) + 1, D)
         self.layers = nn.ModuleList(Layer(D, H) for _ in range(layers))
 
     def forward(self, h, block, attends, mods=None):
-        """h (B, S, r, D), block (S,) their numbers -> (B, S', r, D), as many as the last attends.
+        """h (B, S, r, D), block (S,) their numbers -> (B, S', r, D) after each loop, a list.
 
-        attends: one function for each layer, see `Layer`; mods: one tensor for each, None: zeros.
+        S' is as many as the last attends. attends: a function for each layer of each loop, see
+        `Layer`; mods: a tensor for each layer, None: zeros. Each loop but the first adds the input
+        again (Yang et al. 2023, Bansal et al. 2022).
         """
         r, D = h.shape[2:]
         place = self.place(self.numbers).sum(1) / self.numbers.shape[1] ** 0.5   # of one variance
-        h = h + place
+        h = start = h + place
         token = torch.arange(r, device=h.device)
         rope = rotary((block[:, None] * r + token).flatten(), D // self.layers[0].heads)
         if mods is None:
             mods = [h.new_zeros(1, 1, 1, 1, 1)] * len(self.layers)
-        for layer, attend, mod in zip(self.layers, attends, mods):
-            h = layer(h, mod, rope, attend)
-        return h
+        attends, states = iter(attends), []
+        for loop in range(self.loops):
+            if loop > 0:
+                h = h + start
+            for layer, mod, attend in zip(self.layers, mods, attends):
+                h = layer(h, mod, rope, attend)
+            states.append(h)
+        return [state[:, -h.shape[1] :] for state in states]
 
 
 def two_streams(K, r, layers, device):
@@ -273,7 +282,7 @@ class Encoder(nn.Module):
             h = h + self.embed_x0(x0)
         if K > 1:
             h = torch.cat([self.embed_x0(x0[:, :-1]), h], dim=1)         # (B, 2K - 1, r, D)
-        h = self.stack(h, *two_streams(K, r, len(self.stack.layers), h.device))
+        h = self.stack(h, *two_streams(K, r, self.stack.depth, h.device))[-1]
         h = norm(self.norm, h)                                   # (B, K, r, D)
         if self.gate is None:
             h = h.mean(dim=2)                                    # (B, K, D)
@@ -341,7 +350,7 @@ class VMD(nn.Module):
         self.vocab_size, self.seq_len = c.vocab_size, c.seq_len
         self.block_size, self.latent_dim = c.block_size, c.latent_dim
         self.embed = nn.Embedding(c.vocab_size + 1, c.width)
-        self.stack = Stack(c.layers, c.width, c.heads, c.block_size, c.places)
+        self.stack = Stack(c.layers, c.width, c.heads, c.block_size, c.places, c.loops)
         self.norm = nn.LayerNorm(c.width, bias=False)
         self.head = nn.Linear(c.width, c.vocab_size)
         self.encoder = Encoder(c) if c.latent_dim else None
@@ -391,6 +400,8 @@ class VMD(nn.Module):
     def decode(self, xt, x0, z, keep=None):
         """Training form, all blocks at once -> logits (B, L, V) float32.
 
+        In training mode, with several loops, (loops, B, L, V): those after each.
+
         xt, x0 (B, L) ids, z (B, K, Z) or None. Block b reads x_t^b, x_0^{<b} and z^{<=b}. keep
         (B, K) bool: blocks whose latent is dropped have zero conditioning.
         # differs from the paper: it prints x_0^{<=b} for the decoder, which would give b away.
@@ -402,8 +413,8 @@ class VMD(nn.Module):
         if K > 1:                                                # 2K - 1 blocks, clean ones first
             x = torch.cat([self.blocks(x0)[:, :-1], x], dim=1)
             condition = None if z is None else torch.cat([condition[:, :-1], condition], dim=1)
-        streams = two_streams(K, self.block_size, len(self.stack.layers), x.device)
-        return self.logits(x, condition, *streams).flatten(1, 2)
+        streams = two_streams(K, self.block_size, self.stack.depth, x.device)
+        return self.logits(x, condition, *streams).flatten(-3, -2)
 
     @torch.no_grad()
     def decode_block(self, x, z, cache):
@@ -418,7 +429,7 @@ class VMD(nn.Module):
             raise ValueError(f"block {cache.blocks + S} of {c.block_size} tokens is beyond the "
                              f"length {c.seq_len} that the model was made for")
         if cache.kv is None:
-            shape = (c.layers, 2, len(x), c.heads, c.seq_len, c.width // c.heads)
+            shape = (self.stack.depth, 2, len(x), c.heads, c.seq_len, c.width // c.heads)
             cache.kv = self.embed.weight.new_empty(shape)
         condition = None
         if z is not None:
@@ -441,15 +452,20 @@ class VMD(nn.Module):
         return Cache()
 
     def logits(self, x, condition, block, attends):
-        """x (B, S, r) ids, condition (B, S, ...) of the Conditioner or None -> (B, S', r, V)."""
+        """x (B, S, r) ids, condition (B, S, ...) of the Conditioner or None -> (B, S', r, V).
+
+        In training (loops, B, S', r, V) where there are several.
+        """
+        c = self.config
         h, mods = self.embed(x), None                            # (B, S, r, D)
         if condition is not None and self.conditioner.kind == "add":
             h = h + condition[:, :, None]
         elif condition is not None:
             mods = condition[:, :, None].unbind(3)               # each (B, S, 1, 6, D)
             if self.conditioner.kind == "shared":
-                mods = mods * len(attends)
-        h = self.stack(h, block, attends, mods)                  # (B, S', r, D)
+                mods = mods * c.layers
+        states = self.stack(h, block, attends, mods)             # each (B, S', r, D)
+        h = torch.stack(states) if self.training and c.loops > 1 else states[-1]
         return self.head(norm(self.norm, h)).float()
 
 

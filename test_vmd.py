@@ -164,6 +164,9 @@ def refused(why, call, *args, **kw):
         call(*args, **kw)
 
 
+LOOPED = [("adaln", 1), ("shared", 1), ("add", 1), ("adaln", 2), ("shared", 2)]
+
+
 # ---- what depends on what
 
 @pytest.mark.parametrize("conditioning, pooling", [
@@ -185,12 +188,12 @@ def test_blocks_depend_only_on_what_eq_7_lets_them(conditioning, pooling, r):
         assert changed(posterior, torch.cat(m.encode(xt, other), -1), 1) == onward  # x_0^{<=b}
 
 
-@pytest.mark.parametrize("conditioning", network.CONDITIONING)
+@pytest.mark.parametrize("conditioning, loops", LOOPED)
 @pytest.mark.parametrize("r", [1, 2, 4])
 @pytest.mark.parametrize("Z", [0, 3])
-def test_cached_logits_equal_uncached_ones(conditioning, r, Z):
+def test_cached_logits_equal_uncached_ones(conditioning, loops, r, Z):
     L, V = 8, 3
-    m = tiny(L, r, Z, conditioning=conditioning)
+    m = tiny(L, r, Z, conditioning=conditioning, loops=loops)
     x0, z = torch.randint(V, (5, L)), torch.randn(5, L // r, Z) if Z else None
     xt = torch.where(torch.rand(5, L) < 0.5, V, x0)
     full = m.decode(xt, x0, z)
@@ -228,8 +231,12 @@ def one_sequence(m, xt, x0, z):
 
     def ln(layer, x):
         return F.layer_norm(x, (D,), layer.weight, eps=layer.eps)
-    for i, layer in enumerate(m.stack.layers):
-        ada = layer.ada if mods is None else layer.ada + mods[:, :, i]
+    start = h
+    for i in range(c.loops * c.layers):
+        layer = m.stack.layers[i % c.layers]
+        if i and i % c.layers == 0:
+            h = h + start
+        ada = layer.ada if mods is None else layer.ada + mods[:, :, i % c.layers]
         g1, b1, a1, g2, b2, a2 = ada.unbind(-2)
         q, k, v = layer.qkv(ln(layer.norm1, h) * (1 + g1) + b1).view(B, 2 * L, 3, -1, d).unbind(2)
         score = torch.einsum("bihd,bjhd->bhij", rope(q), rope(k)) / math.sqrt(d)
@@ -239,13 +246,13 @@ def one_sequence(m, xt, x0, z):
     return m.head(ln(m.norm, h[:, :L]))
 
 
-@pytest.mark.parametrize("conditioning", network.CONDITIONING)
+@pytest.mark.parametrize("conditioning, loops", LOOPED)
 @pytest.mark.parametrize("r, Z", [(1, 2), (2, 2), (3, 2), (2, 0), (6, 2)])
 @pytest.mark.parametrize("chunk", [64, 4])
 def test_logits_and_gradients_are_those_of_one_sequence_under_a_dense_mask(
-        conditioning, r, Z, chunk, monkeypatch):
+        conditioning, loops, r, Z, chunk, monkeypatch):
     monkeypatch.setattr(network, "CHUNK", chunk)       # 4: several chunks, of one block or more
-    m = tiny(6, r, Z, 5, conditioning=conditioning)
+    m = tiny(6, r, Z, 5, conditioning=conditioning, loops=loops)
     xt, x0 = torch.randint(6, (5, 6), generator=gen(0)), torch.randint(5, (5, 6), generator=gen(1))
     z = torch.randn(5, 6 // r, Z, generator=gen(2)) if Z else None
     way = torch.randn(5, 6, 5, generator=gen(3))
@@ -255,6 +262,17 @@ def test_logits_and_gradients_are_those_of_one_sequence_under_a_dense_mask(
     got, want = (torch.autograd.grad((y * way).sum(), used, allow_unused=True) for y in (got, want))
     for a, b in zip(got, want, strict=True):
         assert (a is None) == (b is None) and (a is None or a.sub(b).abs().max() < 1e-4)
+
+
+def test_training_has_the_mean_loss_of_the_predictions_after_each_loop():
+    m, x0, noise = tiny(loops=3), torch.randint(3, (5, 4)), draw_noise(5, 4, 2, 3)
+    losses = []
+    for loops in (1, 2, 3):
+        fewer = tiny(loops=loops)
+        fewer.load_state_dict(m.state_dict())
+        losses.append(torch.stack(objective(fewer, x0, noise)))
+    assert (losses[0] - losses[2]).abs().max() > 1e-3
+    assert_close(torch.stack(objective(m.train(), x0, noise)), torch.stack(losses).mean(0))
 
 
 def test_a_place_is_embedded_as_the_scaled_sum_of_its_numbers():
@@ -1830,7 +1848,7 @@ def test_the_smallest_sizes_train_sample_and_evaluate(user, L, V, flags):
 
 
 def test_extreme_posteriors_and_times_give_finite_losses_and_gradients():
-    m, x0 = VMD(Config(3, 4, 2, 16, 2, 1, 1, 2)), torch.tensor([[0, 1, 2, 0]] * 6)
+    m, x0 = VMD(Config(3, 4, 2, 16, 2, 1, 1, 1, 2)), torch.tensor([[0, 1, 2, 0]] * 6)
     noise = draw_noise(6, 4, 2, 2, generator=gen(0))
     for logvar, t, u, kind in itertools.product(
             (-1e30, 1e30, 0.0), (1e-5, 1.0), (0.0, 1 - 1e-7), ("vmd", "nelbo")):

@@ -58,6 +58,7 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
         width=(64, count, "D"),
         heads=(4, count, "attention heads H"),
         layers=(3, count, "decoder layers"),
+        loops=(1, count, "times that the decoder's layers run; a loss after each"),
         encoder_layers=(1, count, "encoder layers"),
         latent_dim=(32, natural, "Z per block; 0: the baseline without latents"),
         conditioning=("adaln", CONDITIONING, "how z enters the decoder (C.1, C.2, C.3)"),
@@ -145,7 +146,7 @@ AGGREGATE = dict.fromkeys(data.SYNTHETIC, dict(kl_weight=0.02, full_mask_share=0
     "sudoku": dict(kl_weight=0.1, full_mask_share=0.5),
     "array": dict(kl_weight=0.1, full_mask_share=0.25)} | dict.fromkeys(TEXT, {})
 
-NETWORK = ("width", "heads", "layers", "encoder_layers", "latent_dim", "latent_hidden",
+NETWORK = ("width", "heads", "layers", "loops", "encoder_layers", "latent_dim", "latent_hidden",
            "conditioning", "pooling", "prior", "bank")   # settings that are fields of Config
 LATENT_PARTS = ("encoder.", "conditioner.", "prior_net.")  # parameters that the baseline lacks
 FREE_ON_RESUME = {"resume", "out", "data_path", "data_dir", "device", "compile", "log_every",
@@ -417,7 +418,7 @@ def setup(a, ckpt, world):
 def take_decoder(model, path, vocab):
     """Copies the decoder of another checkpoint (E.5). Raises ValueError if it has another shape."""
     source, other = load_checkpoint(path)
-    for k in ("vocab_size", "block_size", "width", "heads", "layers", "places"):
+    for k in ("vocab_size", "block_size", "width", "heads", "layers", "loops", "places"):
         if getattr(source.config, k) != getattr(model.config, k):
             raise ValueError(f"the decoder of {path} has {k} {getattr(source.config, k)}, not "
                              f"{getattr(model.config, k)}")
