@@ -2141,9 +2141,9 @@ def test_benchmark_counts_and_compares(user):
 @pytest.mark.parametrize("r, chunk, tokens, read, pairs", [
     (4, 99, 12, 8, 8 * 12), (4, 4, 12, 8, 4 * 4 + 4 * 8), (8, 99, 8, 8, 8 * 8)])
 def test_the_last_layer_computes_only_what_is_read(monkeypatch, r, chunk, tokens, read, pairs):
-    """One layer, D = 16: keys and values of `tokens`, the rest of the layer for those `read`."""
+    """One layer, one loop, D = 16: keys and values of `tokens`, the rest of the layer for those `read`."""
     monkeypatch.setattr(network, "CHUNK", chunk)             # 4: the first block sees itself only
-    m, x = VMD(Config(27, 8, r, 16, 2, 1, 1, 0)), torch.zeros(1, 8, dtype=torch.long)
+    m, x = VMD(Config(27, 8, r, 16, 2, 1, 1, 1, 0)), torch.zeros(1, 8, dtype=torch.long)
     linear = tokens * 16 * 48 + read * (16 * 16 + 2 * 16 * 64 + 16 * 27)
     attention = 2 * pairs * 16
     assert evaluation.flop_of(lambda: m.decode(x, x, None)) == 2 * (linear + attention)
