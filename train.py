@@ -116,8 +116,8 @@ SMALL = {
     "needle": dict(batch_size=128, t_min=0.7, kl_start=1e-2, kl_weight=2.0),
     "array": dict(steps=3000),
     "sudoku": dict(
-        grid=9, layout="board", layers=2, loops=4, batch_size=64, steps=6000, lr=6e-3, warmup=100,
-        decay_from=0.4, kl_weight=1.0, kl_ramp=[0.02, 0.25]),
+        grid=9, layout="board", layers=2, loops=4, batch_size=32, steps=12_000, lr=8e-3,
+        warmup=100, decay_from=0.4, eval_every=500, kl_weight=1.0, kl_ramp=[0.02, 0.25]),
 } | dict.fromkeys(TEXT, dict(
     length=64, block_size=4, width=128, encoder_layers=2, latent_dim=8, conditioning="add",
     objective="nelbo", objective_steps=2, batch_size=64, steps=1000, lr=1e-3, t_min=1e-3,
