@@ -45,6 +45,8 @@ def build_parser():
                    "all puzzles of this file instead of those held out")
     p.add_argument("--clues", type=natural,
                    help="Sudoku: show this many random cells of test boards; else as trained")
+    p.add_argument("--loops", type=count,
+                   help="times that the decoder's layers run; else as in training")
     g = p.add_argument_group("samples: one row for each combination")
     g.add_argument("--nfe", type=count, nargs="+",
                    help="network evaluations per block, N; else 1, text 4, Sudoku 5 10 20")
@@ -386,7 +388,7 @@ def run(argv):
         return write_json(a.json, benchmark(a))
     if a.iwae and not any(a.bound_steps):
         raise ValueError("--iwae needs a finite --bound-steps, N above 0")
-    model, ckpt = load_checkpoint(a.ckpt, a.device)
+    model, ckpt = load_checkpoint(a.ckpt, a.device, a.loops)
     if a.latent == ["none"]:
         model.latent_dim = 0                             # bounds and defaults without z, too
     start, ds = time.time(), load_data(a, model, ckpt)

@@ -483,9 +483,10 @@ def usable(device):
     return device
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu", loops=None):
     """Reads a file of train.py, or any {"config", "model"} -> (model in eval mode, its dict).
 
+    loops: of the decoder; None: as many as in training.
     The averaged weights are taken where the run kept them. Only tensors and plain values are
     unpickled (weights_only=True); prefixes that DDP and torch.compile leave in names are removed.
     Raises FileNotFoundError, or ValueError if it is no checkpoint of this version.
@@ -499,7 +500,7 @@ def load_checkpoint(path, device="cpu"):
         weights = ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"]
         weights = {k.replace("_orig_mod.", "").removeprefix("module."): v
                    for k, v in weights.items()}
-        model = VMD(Config(**ckpt["config"]))
+        model = VMD(Config(**ckpt["config"] | ({"loops": loops} if loops else {})))
         model.load_state_dict(weights)
     except Exception as e:  # a damaged file makes torch.load raise almost anything
         raise ValueError(f"{path} is no checkpoint that can be used: {one_line(e)}") from None

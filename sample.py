@@ -40,6 +40,8 @@ def build_parser():
                    "none")
     p.add_argument("--latent-draws", type=count, default=1, metavar="R",
                    help="draws of z for a block with given tokens, of which they choose one")
+    p.add_argument("--loops", type=count,
+                   help="times that the decoder's layers run; else as in training")
     p.add_argument("--prompt", metavar="TOKENS",
                    help='how every sample begins, with blanks to fill in: "3 _", "the ____ of"')
     p.add_argument("--blank", default="_", metavar="C",
@@ -136,7 +138,7 @@ def run(argv):
     a = build_parser().parse_args(argv)
     a.num = a.num or (1 if a.puzzle or a.show_steps else 10)
     data.check_output(a.out)
-    model, ckpt = load_checkpoint(a.ckpt, usable(a.device))
+    model, ckpt = load_checkpoint(a.ckpt, usable(a.device), a.loops)
     args, vocab, V = ckpt.get("args", {"dataset": "array"}), ckpt.get("vocab"), model.vocab_size
     sudoku = args["dataset"] == "sudoku"
     kind = data.Sudoku if sudoku else data.Text if vocab else data.Synthetic

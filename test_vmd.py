@@ -275,6 +275,14 @@ def test_training_has_the_mean_loss_of_the_predictions_after_each_loop():
     assert_close(torch.stack(objective(m.train(), x0, noise)), torch.stack(losses).mean(0))
 
 
+def test_a_checkpoint_runs_as_many_loops_as_asked_for(tmp_path):
+    m, x, z = tiny(loops=2), torch.full((1, 4), 3), torch.zeros(1, 2, 3)
+    torch.save({"config": vars(m.config), "model": m.state_dict()}, tmp_path / "m.pt")
+    for asked, loops in ((None, 2), (3, 3)):
+        got = load_checkpoint(tmp_path / "m.pt", loops=asked)[0]
+        assert_close(got.decode(x, x, z), tiny(loops=loops).decode(x, x, z))
+
+
 def test_a_place_is_embedded_as_the_scaled_sum_of_its_numbers():
     places = [[0, 2], [0, 3], [1, 2], [1, 3]]
     m, plain, x = tiny(L=4, r=4, places=places), tiny(L=4, r=4), torch.tensor([[3, 0, 3, 1]])
