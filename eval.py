@@ -202,8 +202,7 @@ def sample_rows(model, ds, a, judge=None):
     choices = itertools.product(latents, a.temperature, a.remask, a.nfe)
     for latent, temperature, remask, nfe in choices:
         def draw(start):
-            return sample(model, start.to(a.device), nfe, remask, temperature,
-                          "fixed" if latent == "none" else latent, a.batch_size,
+            return sample(model, start.to(a.device), nfe, remask, temperature, latent, a.batch_size,
                           torch.Generator().manual_seed(a.seed + 1), None,
                           a.latent_draws).cpu()
 

@@ -414,7 +414,8 @@ class VMD(nn.Module):
             x = torch.cat([self.blocks(x0)[:, :-1], x], dim=1)
             condition = None if z is None else torch.cat([condition[:, :-1], condition], dim=1)
         streams = two_streams(K, self.block_size, self.stack.depth, x.device)
-        return self.logits(x, condition, *streams).flatten(-3, -2)
+        every = self.training and self.config.loops > 1
+        return self.logits(x, condition, *streams, every).flatten(-3, -2)
 
     @torch.no_grad()
     def decode_block(self, x, z, cache):
@@ -451,10 +452,10 @@ class VMD(nn.Module):
         """An empty Cache for decode_block."""
         return Cache()
 
-    def logits(self, x, condition, block, attends):
+    def logits(self, x, condition, block, attends, every_loop=False):
         """x (B, S, r) ids, condition (B, S, ...) of the Conditioner or None -> (B, S', r, V).
 
-        In training (loops, B, S', r, V) where there are several.
+        every_loop: (loops, B, S', r, V), after each.
         """
         c = self.config
         h, mods = self.embed(x), None                            # (B, S, r, D)
@@ -465,7 +466,7 @@ class VMD(nn.Module):
             if self.conditioner.kind == "shared":
                 mods = mods * c.layers
         states = self.stack(h, block, attends, mods)             # each (B, S', r, D)
-        h = torch.stack(states) if self.training and c.loops > 1 else states[-1]
+        h = torch.stack(states) if every_loop else states[-1]
         return self.head(norm(self.norm, h)).float()
 
 

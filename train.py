@@ -58,7 +58,8 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
         width=(64, count, "D"),
         heads=(4, count, "attention heads H"),
         layers=(3, count, "decoder layers"),
-        loops=(1, count, "times that the decoder's layers run; a loss after each"),
+        loops=(1, count, "times that the decoder's layers run; training averages the losses after each, "
+               "evaluation takes the last"),
         places=(True, bool, "sudoku, one block: embed a cell's row, column and box; --no-places: "
                 "the cell itself"),
         encoder_layers=(1, count, "encoder layers"),
@@ -151,7 +152,7 @@ AGGREGATE = dict.fromkeys(data.SYNTHETIC, dict(kl_weight=0.02, full_mask_share=0
 
 NETWORK = ("width", "heads", "layers", "loops", "encoder_layers", "latent_dim", "latent_hidden",
            "conditioning", "pooling", "prior", "bank")   # settings that are fields of Config
-LATENT_PARTS = ("encoder.", "conditioner.", "prior_net.")  # parameters that the baseline lacks
+LATENT_PARTS = ("encoder.", "conditioner.", "prior_net.", "bank")    # the baseline lacks these
 FREE_ON_RESUME = {"resume", "out", "data_path", "data_dir", "device", "compile", "log_every",
                   "eval_every", "grad_accum"}
 EVAL_SEQUENCES = 2000  # at most, in an evaluation during training: a tenth of the time
@@ -499,7 +500,7 @@ def announce(run, log):
     log(f"dataset {ds.name}: L {ds.seq_len}, V {ds.vocab_size}, {ds.seq_len // r} block(s) of {r}, "
         f"{ds.about}")
     log("parameters: " + ", ".join(f"{k} {v:,}" for k, v in run.model.param_counts().items()))
-    shown = [k for group in ("model", "objective", "optimisation") for k in FLAGS[group]]
+    shown = [k for group in FLAGS if group not in ("data", "run") for k in FLAGS[group]]
     log("settings: " + " ".join(f"{k}={getattr(a, k)}" for k in shown))
     if a.latent_dim and a.kl_start == a.kl_weight:
         log("the KL weight is constant, with which z is likely to stay unused (posterior collapse);"
