@@ -578,9 +578,9 @@ class Sudoku:
             cells.append([i, n + j, 2 * n + i // h * (n // w) + j // w])
         if self.layout == "board":
             return cells
-        puzzle, sep, solution, eos = range(3 * n, 3 * n + 4)
-        return [*([*cell, puzzle] for cell in cells), [sep] * 4,
-                *([*cell, solution] for cell in cells), [eos] * 4]
+        puzzle, solution, sep, eos = 3 * n, 3 * n + 1, 3 * n + 2, 3 * n + 6      # four of their own
+        return [*([*cell, puzzle] for cell in cells), list(range(sep, sep + 4)),
+                *([*cell, solution] for cell in cells), list(range(eos, eos + 4))]
 
     @functools.cached_property
     def split(self):

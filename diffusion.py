@@ -183,15 +183,15 @@ def objective(model, x0, noise=None, kind="vmd", kl_weight=1.0, given=None, drop
         steps=N an unbiased estimate of NELBO_N >= -log p(x_0) of the sampler that fixes z and
         draws tokens at temperature 1 and reveals each at one of N steps, independently and
         uniformly; steps=0: N = infinity, as t_min goes to 0. (The rules of `sample` reveal equal
-        numbers per step: they are that sampler at N = 1, and random order is, as N grows.)
+        numbers per step: they are that sampler at N = 1, and random order is, as N grows.) A prior
+        that reads x_t (E.3) is read at t = 1: the bound is of the sampler that keeps that z.
     noise: of `draw_noise`; None: drawn here.
     given: (L,) or (B, L) bool, tokens that are never masked; all is then conditional on them. A
     block with nothing masked takes q = p and pays no KL.
     dropout: probability that a sequence (first half of the rows), or a block (second half), has no
     latent: its conditioning is zero and no KL is paid (beyond the paper, Ho & Salimans 2022).
     full_mask_share: of the rows of "vmd", how many take z from the encoder of the fully masked x_t,
-    as the sampler does (beyond the paper). A prior that reads x_t (E.3) is read at
-    t = 1 by nelbo: the bound holds for the sampler that draws z there and keeps it.
+    as the sampler does (beyond the paper).
     """
     if kind not in ("vmd", "nelbo"):
         raise ValueError(f"objective {kind!r} is neither vmd nor nelbo")
@@ -249,8 +249,8 @@ def iwae(model, x0, steps, samples, given=None, generator=None):
 def active_units(model, x0, threshold=0.01, given=None, batch_size=1000):
     """Active latent units of each block, Var_x E_q[z_j] > threshold (Burda et al. 2016).
 
-    x0 (B, L) -> (K,) ints. q reads the fully masked sequence; of its mean counts what it adds to
-    that of the prior. Zero everywhere: the posterior has collapsed, z says nothing.
+    x0 (B, L) -> (K,) ints. q reads the fully masked sequence; counted is its mean less that of
+    the prior. Zero everywhere: the posterior has collapsed, z says nothing.
     """
     if not model.latent_dim:
         return torch.zeros(x0.shape[1] // model.block_size, dtype=torch.long)
@@ -316,7 +316,7 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     A block model fills sequences longer than its own seq_len window by window: each begins with
     the last half of the one before, in whole blocks, whose tokens are given (and whose z, if it is
     fixed and N(0, I), is the same).
-    Raises ValueError on an impossible choice.
+    model: in eval mode. Raises ValueError on an impossible choice.
     """
     temperature = default_temperature(model, latent) if temperature is None else temperature
     if remask not in REMASK or latent not in LATENT:

@@ -42,7 +42,7 @@ class Config:
     width: int = 64  # D
     heads: int = 4  # H
     layers: int = 8  # of the decoder
-    loops: int = 1  # times that these layers run one after the other, as one of loops x layers
+    loops: int = 1  # times that these layers run in turn, with the same weights
     encoder_layers: int = 2
     latent_dim: int = 32  # Z per block; 0: no latent, no encoder
     latent_hidden: int = 4  # width of the hidden layers of z's MLP, in units of D
@@ -145,21 +145,22 @@ class Stack(nn.Module):
 
     def __init__(self, layers, D, H, r, places, loops=1):
         super().__init__()
-        self.loops, self.depth = loops, layers * loops
+        self.loops = loops
+        self.depth = layers * loops                      # layers run in a pass
         numbers = torch.tensor(places or [[i] for i in range(r)])        # (r, numbers of a place)
         self.register_buffer("numbers", numbers, persistent=False)
         self.place = nn.Embedding(int(numbers.max()) + 1, D)
         self.layers = nn.ModuleList(Layer(D, H) for _ in range(layers))
 
     def forward(self, h, block, attends, mods=None):
-        """h (B, S, r, D), block (S,) their numbers -> (B, S', r, D) after each loop, a list.
+        """h (B, S, r, D), block (S,) their numbers -> list of states after each loop, (B, S', r, D).
 
-        S' is as many as the last attends. attends: a function for each layer of each loop, see
-        `Layer`; mods: a tensor for each layer, None: zeros. Each loop but the first adds the input
-        again (Yang et al. 2023, Bansal et al. 2022).
+        S': blocks that the last attend answers for. attends: a function for each layer of each
+        loop, see `Layer`; mods: a tensor for each layer, the same in every loop, None: zeros. From
+        the second loop on the input is added again (Bansal et al. 2022, Yang et al. 2023).
         """
         r, D = h.shape[2:]
-        place = self.place(self.numbers).sum(1) / self.numbers.shape[1] ** 0.5   # of one variance
+        place = self.place(self.numbers).sum(1) / self.numbers.shape[1] ** 0.5   # variance of one
         h = start = h + place
         token = torch.arange(r, device=h.device)
         rope = rotary((block[:, None] * r + token).flatten(), D // self.layers[0].heads)
@@ -172,10 +173,10 @@ class Stack(nn.Module):
             for layer, mod, attend in zip(self.layers, mods, attends):
                 h = layer(h, mod, rope, attend)
             states.append(h)
-        return [state[:, -h.shape[1] :] for state in states]
+        return [state[:, -h.shape[1] :] for state in states]     # the last attend leaves S'
 
 
-def two_streams(K, r, layers, device):
+def two_streams(K, r, depth, device):
     """Training: K - 1 clean blocks stand before K noisy ones -> block numbers, `attends`.
 
     A clean block sees clean blocks up to itself; a noisy block sees clean blocks before it, and
@@ -183,7 +184,7 @@ def two_streams(K, r, layers, device):
     """
     block = torch.arange(K, device=device)
     if K == 1:
-        return block, [F.scaled_dot_product_attention] * layers
+        return block, [F.scaled_dot_product_attention] * depth
     of = block.repeat_interleave(r)                      # the block of each token
     clean_len, size = (K - 1) * r, max(1, CHUNK // r) * r
     clean, noisy = [], []                                # chunks of whole blocks: first, end, mask
@@ -214,14 +215,14 @@ def two_streams(K, r, layers, device):
                                                     v[:, :, :end], mask))
         return torch.cat([*y, noisy_only(q, k, v)], dim=2)
 
-    return torch.cat([block[:-1], block]), [clean_and_noisy] * (layers - 1) + [noisy_only]
+    return torch.cat([block[:-1], block]), [clean_and_noisy] * (depth - 1) + [noisy_only]
 
 
 class Cache:
     """Sampling: keys and values of finished blocks, for `decode_block`."""
 
     def __init__(self):
-        self.kv = None                                   # (layers, 2, B, H, L, d), filled up to
+        self.kv = None                                   # (depth, 2, B, H, L, d), filled up to
         self.blocks = 0                                  # this many blocks
         self.pending = []                                # (x, z) of blocks to add at the next call
         self.condition = None, None                      # the latest z and its conditioning
@@ -235,7 +236,7 @@ class Cache:
 
         The last layer answers for the noisy block only.
         """
-        start, layers = self.blocks * r, len(self.kv)
+        start, depth = self.blocks * r, len(self.kv)
         end, of = start + S * r, torch.arange(self.blocks + S, device=self.kv.device)
         of = of.repeat_interleave(r)
         mask = None if S == 1 else of <= of[start:, None]
@@ -243,11 +244,11 @@ class Cache:
         def attend(i, q, k, v):
             self.kv[i, 0, :, :, start:end], self.kv[i, 1, :, :, start:end] = k, v
             k, v = self.kv[i, :, :, :, :end]
-            if i == layers - 1:
+            if i == depth - 1:
                 return F.scaled_dot_product_attention(q[:, :, -r:], k, v)
             return F.scaled_dot_product_attention(q, k, v, mask)
 
-        return [partial(attend, i) for i in range(layers)]
+        return [partial(attend, i) for i in range(depth)]
 
 
 class Encoder(nn.Module):
@@ -400,10 +401,9 @@ class VMD(nn.Module):
     def decode(self, xt, x0, z, keep=None):
         """Training form, all blocks at once -> logits (B, L, V) float32.
 
-        In training mode, with several loops, (loops, B, L, V): those after each.
-
         xt, x0 (B, L) ids, z (B, K, Z) or None. Block b reads x_t^b, x_0^{<b} and z^{<=b}. keep
-        (B, K) bool: blocks whose latent is dropped have zero conditioning.
+        (B, K) bool: blocks whose latent is dropped have zero conditioning. In training mode, with
+        several loops: (loops, B, L, V), those after each.
         # differs from the paper: it prints x_0^{<=b} for the decoder, which would give b away.
         """
         x = self.blocks(xt)                                      # (B, K, r)

@@ -272,7 +272,10 @@ def test_training_has_the_mean_loss_of_the_predictions_after_each_loop():
         fewer.load_state_dict(m.state_dict())
         losses.append(torch.stack(objective(fewer, x0, noise)))
     assert (losses[0] - losses[2]).abs().max() > 1e-3
+    masks = torch.full((5, 4), 3)
+    x = diffusion.sample(m, masks, 2, generator=gen(0))
     assert_close(torch.stack(objective(m.train(), x0, noise)), torch.stack(losses).mean(0))
+    assert torch.equal(diffusion.sample(m, masks, 2, generator=gen(0)), x)   # the last loop only
 
 
 def test_a_checkpoint_runs_as_many_loops_as_asked_for(tmp_path):
@@ -1840,6 +1843,15 @@ def test_decoder_from_a_pretrained_baseline_trained_on_or_frozen(tmp_path, flags
         assert_close(m.decode(x, x.clamp(max=9), z), mdm.decode(x, x.clamp(max=9), None))
 
 
+def test_only_the_decoder_is_taken_from_a_pretrained_run(tmp_path):
+    base = fast(tmp_path / "a", "--prior aggregate --bank 20")["model"]
+    tuned = fast(tmp_path / "b", "--prior aggregate --bank 30 --freeze-decoder --init-from "
+                 f"{tmp_path}/a/last.pt")["model"]
+    kept = {k for k in base if base[k].shape == tuned[k].shape and (base[k] == tuned[k]).all()}
+    assert kept == {k for k in base if not k.startswith(train.LATENT_PARTS)}
+    assert tuned["bank"].shape[2] == 30
+
+
 @pytest.mark.parametrize("L, V, flags", [(1, 2, ""), (3, 2, "--block-size 1"),
                                          (2, 3, "--latent-dim 0")])
 def test_the_smallest_sizes_train_sample_and_evaluate(user, L, V, flags):
@@ -1960,6 +1972,15 @@ def test_scripts_run_one_after_the_other_without_flags(trained):
         ("printed", None), ("nelbo", 1), ("nelbo", 2), ("nelbo", 4), ("nelbo", None),
         ("iwae_2", 1), ("iwae_2", 2), ("iwae_2", 4)]
     assert all({"nats", "se"} <= b.keys() for b in bounds)
+
+
+def test_none_among_other_latents_is_scored_without_z(trained):
+    flags = "--num 500 --bound-steps --temperature 1 --json r.json --latent".split()
+    run_script(trained, "eval.py", *flags, "fixed", "none")
+    fixed, none = read_json(trained / "r.json")["rows"]
+    run_script(trained, "eval.py", *flags, "none")
+    alone = read_json(trained / "r.json")["rows"][0]
+    assert none["kl"] == alone["kl"] != fixed["kl"]
 
 
 def test_prompts_keep_what_is_given(user):
@@ -2149,7 +2170,7 @@ def test_benchmark_counts_and_compares(user):
 @pytest.mark.parametrize("r, chunk, tokens, read, pairs", [
     (4, 99, 12, 8, 8 * 12), (4, 4, 12, 8, 4 * 4 + 4 * 8), (8, 99, 8, 8, 8 * 8)])
 def test_the_last_layer_computes_only_what_is_read(monkeypatch, r, chunk, tokens, read, pairs):
-    """One layer, one loop, D = 16: keys and values of `tokens`, the rest of the layer for those `read`."""
+    """One layer, D = 16: keys and values of `tokens`, the rest of the layer for those `read`."""
     monkeypatch.setattr(network, "CHUNK", chunk)             # 4: the first block sees itself only
     m, x = VMD(Config(27, 8, r, 16, 2, 1, 1, 1, 0)), torch.zeros(1, 8, dtype=torch.long)
     linear = tokens * 16 * 48 + read * (16 * 16 + 2 * 16 * 64 + 16 * 27)

@@ -1,6 +1,6 @@
 """Trains VMD, or with --latent-dim 0 its baseline, on one CPU, one GPU, or several with torchrun.
 
-    python train.py                                       # pairs, minutes on a laptop
+    python train.py                                       # pairs, half a minute on a laptop
     python train.py --dataset d2 --block-size 2 --out out/d2
     torchrun --standalone --nproc_per_node=2 train.py --dataset d1
 
@@ -53,21 +53,17 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
         puzzles=(None, count, "sudoku: how many to generate; else 100,000"),
         data_dir=(None, str, "folder of generated and downloaded data; else .data")),
     "model": dict(
-        preset=("small", ("small", "paper"), "small: minutes on two CPU cores; paper: Appendix C"),
+        preset=("small", ("small", "paper"), "small: tuned for two CPU cores; paper: Appendix C"),
         block_size=(0, natural, "tokens per block r, a divisor of L; 0: one block"),
         width=(64, count, "D"),
         heads=(4, count, "attention heads H"),
         layers=(3, count, "decoder layers"),
-        loops=(1, count, "times that the decoder's layers run; training averages the losses after each, "
-               "evaluation takes the last"),
-        places=(True, bool, "sudoku, one block: embed a cell's row, column and box; --no-places: "
-                "the cell itself"),
         encoder_layers=(1, count, "encoder layers"),
         latent_dim=(32, natural, "Z per block; 0: the baseline without latents"),
         conditioning=("adaln", CONDITIONING, "how z enters the decoder (C.1, C.2, C.3)"),
         prior=("standard", PRIOR, "of z^b: N(0, I), p(z^b | z^{<b}) (E.2), p(z^b | x_t^b, "
                "x_0^{<b}) (E.3); aggregate: of the training posteriors"),
-        bank=(16384, count, "--prior aggregate: how many, shared out among the blocks")),
+        bank=(16384, count, "--prior aggregate: posteriors kept, shared out among the blocks")),
     "objective": dict(
         objective=("vmd", ("vmd", "nelbo"), "vmd: Eqs. 6, 8; nelbo: a likelihood bound"),
         objective_steps=(0, natural, "N: t from {1/N, ..., 1}, as the N-step sampler has it; 0: t "
@@ -77,6 +73,10 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
         kl_start=(1e-3, positive, "weight before the ramp; constant where it equals --kl-weight"),
         kl_ramp=([0.05, 0.4], share, "FROM TO, the ramp, as shares of the run")),
     "beyond the paper": dict(
+        loops=(1, count, "times that the decoder's layers run; training has the mean of the losses "
+               "after each, evaluation the last"),
+        places=(True, bool, "sudoku, one block: embed a cell's row, column and box; --no-places: "
+                "the cell itself"),
         latent_dropout=(0.0, share, "probability that a sequence, or a block, trains without z"),
         full_mask_share=(0.0, share, "vmd: share of rows whose z comes from the encoder of the "
                          "fully masked x_t, as in sampling")),
@@ -106,7 +106,7 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
 }
 TEXT = ("text8", "lm1b", "text")
 NO_FLAG = dict(latent_hidden=4, pooling="mean")                  # what only presets set
-# differs from the paper: two CPU cores, minutes; KL ramp, clipping, cosine decay, averaged weights.
+# differs from the paper: small enough for two CPU cores; KL ramp, clipping, cosine decay, averaged weights.
 # Puzzles: a small looped network, small batches and a high rate learn them several times sooner.
 # A larger t_min spends the samples where z matters; a KL weight above 1 closes the holes that the
 # posteriors leave in the prior (for pairs z is not worth a weight of 2). Text: t in {1/2, 1}
@@ -120,8 +120,8 @@ SMALL = {
     "needle": dict(batch_size=128, t_min=0.7, kl_start=1e-2, kl_weight=2.0),
     "array": dict(steps=3000),
     "sudoku": dict(
-        grid=9, layout="board", layers=2, loops=4, batch_size=32, steps=15_000, lr=8e-3,
-        warmup=100, kl_weight=1.0, eval_every=500),
+        grid=9, layout="board", layers=2, loops=4, batch_size=32, steps=12_000, lr=8e-3,
+        warmup=100, decay_from=0.4, kl_weight=1.0, kl_ramp=[0.02, 0.25], eval_every=500),
 } | dict.fromkeys(TEXT, dict(
     length=64, block_size=4, width=128, encoder_layers=2, latent_dim=8, conditioning="add",
     objective="nelbo", objective_steps=2, batch_size=64, steps=1000, lr=1e-3, t_min=1e-3,
@@ -403,7 +403,7 @@ def setup(a, ckpt, world):
                     prefix_len=ds.prefix_len, places=ds.places if a.places and one_block else None,
                     **{k: getattr(a, k) for k in NETWORK})
     if ckpt and asdict(config) != ckpt["config"]:
-        raise ValueError(f"the data differs from what was trained on: {ckpt['config']}")
+        raise ValueError(f"data or network differ from what was trained on: {ckpt['config']}")
     model = VMD(config).to(a.device)
     if a.init_from and not ckpt:
         take_decoder(model, a.init_from, ds.vocab)
