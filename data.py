@@ -383,7 +383,7 @@ def canonical(solutions):
 def held_out(solutions):
     """Which boards are for testing, about one in 20, by a hash of the canonical board -> (B,)."""
     n = math.isqrt(solutions.shape[1])
-    rng = np.random.default_rng(7)                       # of the 12 4x4 boards it holds out 2
+    rng = np.random.default_rng(7)                       # of the 12 classes of 4x4 boards it holds out 2
     weights = rng.integers(1, 2**63, n * n, dtype=np.uint64) | np.uint64(1)
     keys = [(canonical(part).astype(np.uint64) * weights).sum(1, dtype=np.uint64)
             for part in np.array_split(solutions, len(solutions) // 100_000 + 1)]

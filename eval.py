@@ -119,9 +119,8 @@ def load_data(a, model, ckpt):
 
 def fill_defaults(a, model, ds):
     """Sets the flags that were not given to what suits the data and the model."""
-    temperature = default_temperature(model) if ds.temperature is None else ds.temperature
     defaults = dict(num=ds.score_num, bound_num=ds.bound_num, nfe=[ds.nfe], remask=[ds.remask],
-                    temperature=[temperature])
+                    temperature=[ds.temperature])
     if ds.name == "sudoku":
         defaults["nfe"] = [5, 10, 20]
         if not model.latent_dim:                         # argmax may suit a baseline here
@@ -201,6 +200,9 @@ def sample_rows(model, ds, a, judge=None):
     latents = a.latent if model.latent_dim else ["none"]
     choices = itertools.product(latents, a.temperature, a.remask, a.nfe)
     for latent, temperature, remask, nfe in choices:
+        if temperature is None:
+            temperature = default_temperature(model, latent)
+
         def draw(start):
             return sample(model, start.to(a.device), nfe, remask, temperature, latent, a.batch_size,
                           torch.Generator().manual_seed(a.seed + 1), None,

@@ -1975,12 +1975,13 @@ def test_scripts_run_one_after_the_other_without_flags(trained):
 
 
 def test_none_among_other_latents_is_scored_without_z(trained):
-    flags = "--num 500 --bound-steps --temperature 1 --json r.json --latent".split()
+    flags = "--num 500 --bound-steps --json r.json --latent".split()
     run_script(trained, "eval.py", *flags, "fixed", "none")
     fixed, none = read_json(trained / "r.json")["rows"]
     run_script(trained, "eval.py", *flags, "none")
     alone = read_json(trained / "r.json")["rows"][0]
     assert none["kl"] == alone["kl"] != fixed["kl"]
+    assert (fixed["temperature"], none["temperature"]) == (0, 1)
 
 
 def test_prompts_keep_what_is_given(user):
