@@ -392,18 +392,21 @@ def choose_z(model, x, zs, candidates, pick):
 
     It is kept in proportion to the probability of the block's given tokens, each read off the fully
     masked block: R draws of p(z^b) so become one of p(z^b | given). x (n, b r) ids, zs (n, b - 1,
-    Z), candidates (n, R, Z), pick (n,) uniform. One evaluation. Beyond the paper.
+    Z), candidates (n, R, Z), pick (n,) uniform. R evaluations, one after the other: memory does not
+    grow with R. Beyond the paper.
     """
-    (n, R, Z), r, V = candidates.shape, model.block_size, model.vocab_size
-    block = x[:, -r:].repeat_interleave(R, 0)            # (n R, r)
-    hidden = x.repeat_interleave(R, 0)
+    r, V = model.block_size, model.vocab_size
+    block, hidden = x[:, -r:], x.clone()
     hidden[:, -r:] = V
-    latents = torch.cat([zs.repeat_interleave(R, 0), candidates.view(n * R, 1, Z)], dim=1)
-    logits = model.decode(hidden, hidden, latents)[:, -r:]
-    nats = token_nats(logits, block.clamp(max=V - 1)) * (block < V)
-    cdf = (-nats.sum(1)).view(n, R).softmax(1).cumsum(1)
-    chosen = torch.searchsorted(cdf, pick[:, None] * cdf[:, -1:], right=True).clamp(max=R - 1)
-    return candidates.gather(1, chosen[..., None].expand(-1, -1, Z))
+    log_p = []
+    for z in candidates.split(1, dim=1):                 # (n, 1, Z)
+        logits = model.decode(hidden, hidden, torch.cat([zs, z], dim=1))[:, -r:]
+        nats = token_nats(logits, block.clamp(max=V - 1)) * (block < V)
+        log_p.append(-nats.sum(1))
+    cdf = torch.stack(log_p, dim=1).softmax(1).cumsum(1)         # (n, R)
+    chosen = torch.searchsorted(cdf, pick[:, None] * cdf[:, -1:], right=True)
+    chosen = chosen.clamp(max=len(log_p) - 1)
+    return candidates.gather(1, chosen[..., None].expand(-1, -1, candidates.shape[2]))
 
 
 def _sample(model, x, eps, picks, u, order, nfe, remask, temperature, latent, latent_draws,
