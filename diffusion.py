@@ -331,14 +331,15 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     if L > longest and longest < 2 * r:
         raise ValueError(f"length {L} is beyond the {longest} tokens that the model was made for, "
                          "and with one block there is nothing to go on from")
-    draws, more = 1 if latent in ("fixed", "none") else nfe, latent_draws - 1
+    draws = 1 if latent in ("fixed", "none") else nfe    # latents of a block, one after the other
+    rivals = latent_draws - 1                            # of its first latent
     second = torch.Generator().manual_seed(torch.randint(2**62, (), generator=generator).item())
     keep = longest // r // 2 * r                         # of a window, at the start of the next
     out = []
     for part in x.split(batch_size or B):
         part = part.clone()
         eps, picks, u, order = sampler_noise(len(part), K, r, Z, draws, generator, x.device)
-        rival_eps, rival_picks, _, choice = sampler_noise(len(part), K, 1, Z, more, second,
+        rival_eps, rival_picks, _, choice = sampler_noise(len(part), K, 1, Z, rivals, second,
                                                           x.device)
         eps = torch.cat([eps, rival_eps], dim=2)
         picks = torch.cat([picks, rival_picks, choice[..., None]], dim=2)
@@ -452,9 +453,9 @@ def _sample(model, x, eps, picks, u, order, nfe, remask, temperature, latent, la
             if on_step:
                 on_step()
             if latent == "encoder":                      # x_0-hat
-                new = so_far.clone()
-                new[:, own] = torch.where(block == V, logits.argmax(-1), block)
-                guess = new if guess is None else torch.where(due[:, None] > 0, new, guess)
+                filled = so_far.clone()
+                filled[:, own] = torch.where(block == V, logits.argmax(-1), block)
+                guess = filled if guess is None else torch.where(due[:, None] > 0, filled, guess)
         if cache is not None:
             cache.push(block.clone(), z)
         if z is not None:

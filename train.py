@@ -195,7 +195,7 @@ def parse(argv=None):
         if first.prior == "aggregate":
             parser.set_defaults(**AGGREGATE[first.dataset])
     a = parser.parse_args(argv)
-    a.out = first.out
+    a.out = first.out                                    # a run may have been moved
     check(a, ckpt)
     return a, ckpt
 
@@ -331,9 +331,7 @@ def evaluate(model, ds, a, samples=None):
     if not ds.scored:
         return out
     x0, given = ds.valid(samples or max(1, min(EVAL_SEQUENCES, ds.score_num // 5)), g)
-    start = torch.full_like(x0, ds.vocab_size)
-    if given is not None:
-        start = torch.where(given, x0, start)
+    start = x0.masked_fill(not_given(x0, given), ds.vocab_size)
     x = sample(model, start.to(a.device), ds.nfe, ds.remask, generator=g,
                batch_size=max(a.batch_size, 2**16 // ds.seq_len)).cpu()
     return out | {f"sampled_{k}": v for k, v in ds.metrics(x, x0, given).items()}
