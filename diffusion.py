@@ -189,7 +189,8 @@ def objective(model, x0, noise=None, kind="vmd", kl_weight=1.0, given=None, drop
     given: (L,) or (B, L) bool, tokens that are never masked; all is then conditional on them. A
     block with nothing masked takes q = p and pays no KL.
     dropout: probability that a sequence (first half of the rows), or a block (second half), has no
-    latent: its conditioning is zero and no KL is paid (beyond the paper, Ho & Salimans 2022).
+    latent: its conditioning is zero and no KL is paid (beyond the paper, Ho & Salimans 2022). With
+    dropout blocks that keep it train at t = 1: z is for one step, and the rest for several.
     full_mask_share: of the rows of "vmd", how many take z from the encoder of the fully masked x_t,
     as the sampler does (beyond the paper).
     """
@@ -198,8 +199,13 @@ def objective(model, x0, noise=None, kind="vmd", kl_weight=1.0, given=None, drop
     (B, L), r, V = x0.shape, model.block_size, model.vocab_size
     if noise is None:
         noise = draw_noise(B, L, r, model.latent_dim, device=x0.device)
+    t, keep = noise.t, None                              # keep: blocks with a latent; None: all
+    if dropout and model.latent_dim:
+        keep = noise.drop >= dropout
+        keep = torch.cat([keep[: B // 2, :1].expand_as(keep[: B // 2]), keep[B // 2 :]])
+        t = torch.where(keep, 1.0, t)
     maskable = not_given(x0, given)
-    masked = (noise.u < noise.t.repeat_interleave(r, 1)) & maskable      # (B, L)
+    masked = (noise.u < t.repeat_interleave(r, 1)) & maskable            # (B, L)
     hidden = masked if kind == "vmd" else maskable       # what the encoder sees as masked
     if full_mask_share and kind == "vmd":
         whole = torch.arange(B, device=x0.device) < full_mask_share * B
@@ -207,15 +213,13 @@ def objective(model, x0, noise=None, kind="vmd", kl_weight=1.0, given=None, drop
     active = hidden.view(B, -1, r).any(-1)               # (B, K)
     z, kl = draw_latent(model, x0.masked_fill(hidden, V), x0, noise.eps, noise.pick, active)
     xt = x0.masked_fill(masked, V)
-    if dropout and z is not None:
-        keep = noise.drop >= dropout
-        keep = torch.cat([keep[: B // 2, :1].expand(-1, keep.shape[1]), keep[B // 2 :]])
-        logits, kl = model.decode(xt, x0, z, keep), kl * keep
-    else:
+    if keep is None:
         logits = model.decode(xt, x0, z)
+    else:
+        logits, kl = model.decode(xt, x0, z, keep), kl * keep
     ce = (token_nats(logits, x0) * masked).view(B, -1, r).sum(-1)        # (B, K)
-    recon = (ce / noise.t).sum(1)
-    kl = (kl / noise.t if kind == "vmd" else kl).sum(1)
+    recon = (ce / t).sum(1)
+    kl = (kl / t if kind == "vmd" else kl).sum(1)
     return recon + kl_weight * kl, recon, kl
 
 

@@ -617,16 +617,25 @@ def test_a_dropped_block_pays_no_kl_and_does_not_see_its_latent(conditioning):
     dropped, other = m.decode(xt, x0, z, keep), z + torch.tensor([0.0, 1, 0])[:, None]
     assert_close(dropped, m.decode(xt, x0, other, keep), rtol=0, atol=0)
     assert (dropped - m.decode(xt, x0, z)).abs().max() > 1e-3
-    noise = draw_noise(8, 6, 2, 3, generator=gen(1))
+    noise, seen, decode = draw_noise(8, 6, 2, 3, generator=gen(1)), [], m.decode
+    noise.t[:], noise.u[:, ::2] = 0.5, 0.1               # something masked in each block, not all
+    noise.u[:, 1::2] = 0.9
     full, plain = (objective(m, x0, noise, dropout=p)[2] for p in (1.0, 0.0))
     assert (full == 0).all() and (plain > 0).all()
+    m.decode = lambda *args: seen.append(args[0]) or decode(*args)
     noise.drop[:] = 0.9
     noise.drop[[0, 2], 0] = 0.1                          # rows 0 and 2 whole,
     noise.drop[4, 1] = 0.1                               # one block of row 4
-    kl = objective(m, x0, noise, dropout=0.5)[2]
-    same_kl = [1, 3, 5, 6, 7]
-    assert (kl[[0, 2]] == 0).all() and torch.equal(kl[same_kl], plain[same_kl])
-    assert 0 < kl[4] < plain[4]
+    _, recon, kl = objective(m, x0, noise, dropout=0.5)
+    noise.t[:] = 1                                       # the blocks that keep z are all masked
+    _, want, one_step = objective(m, x0, noise)
+    kept = [1, 3, 5, 6, 7]
+    assert_close(kl[kept], one_step[kept]), assert_close(recon[kept], want[kept])
+    assert (kl[[0, 2]] == 0).all() and 0 < kl[4] < one_step[4]
+    dropped = torch.isin(torch.arange(8), torch.tensor([0, 2]))[:, None].repeat(1, 3)
+    dropped[4, 1] = True
+    hidden = (seen[0] == 3).view(8, 3, 2)
+    assert (hidden.sum(2) == torch.where(dropped, 1, 2)).all()
 
 
 def test_without_a_latent_every_model_is_its_decoder_alone():
