@@ -124,7 +124,7 @@ SMALL = {
         warmup=100, decay_from=0.4, kl_weight=1.0, kl_ramp=[0.02, 0.25], eval_every=500),
 } | dict.fromkeys(TEXT, dict(
     length=64, block_size=4, width=128, encoder_layers=2, latent_dim=8, conditioning="add",
-    objective="nelbo", objective_steps=2, batch_size=64, steps=1000, lr=1e-3, t_min=1e-3,
+    objective="nelbo", objective_steps=2, batch_size=64, steps=1000, lr=3e-3, t_min=1e-3,
     kl_weight=1.0, kl_start=0.1, kl_ramp=[0.1, 0.25]))
 # Appendix C.1 and, below, C.2 and C.3. What the paper leaves open: heads, how t is kept from 0.
 PAPER = dict(
