@@ -383,7 +383,7 @@ def canonical(solutions):
 def held_out(solutions):
     """Which boards are for testing, about one in 20, by a hash of the canonical board -> (B,)."""
     n = math.isqrt(solutions.shape[1])
-    rng = np.random.default_rng(7)                       # of the 12 classes of 4x4 boards it holds out 2
+    rng = np.random.default_rng(7)                       # it holds out 2 of the 12 4x4 classes
     weights = rng.integers(1, 2**63, n * n, dtype=np.uint64) | np.uint64(1)
     keys = [(canonical(part).astype(np.uint64) * weights).sum(1, dtype=np.uint64)
             for part in np.array_split(solutions, len(solutions) // 100_000 + 1)]
@@ -1056,11 +1056,6 @@ def check_output(path):
         raise FileNotFoundError(f"{path} cannot be written: it is a folder, or in none")
 
 
-def options(args):
-    """The options of `load` that settings (a dict, as in a checkpoint) hold for their dataset."""
-    return {k: args[k] for k in OPTIONS.get(args.get("dataset"), ()) if args.get(k) is not None}
-
-
 def load(name, vocab=None, **given):
     """Dataset by name; given: its OPTIONS; vocab: of `Text`, where a checkpoint fixes it.
 
@@ -1081,6 +1076,22 @@ def load(name, vocab=None, **given):
     if name == "sudoku":
         return Sudoku(**given)
     return Text(name, vocab=vocab, **given)
+
+
+def reload(args, vocab, seq_len, vocab_size, **changes):
+    """The dataset of a checkpoint's settings (args) and vocabulary, with other options where named.
+
+    Raises ValueError if its L or V is not that of the model.
+    """
+    name = args["dataset"]
+    given = {k: args.get(k) for k in OPTIONS.get(name, ())} | changes
+    if name == "array":
+        given["vocab_size"] = vocab_size
+    ds = load(name, vocab, **{k: v for k, v in given.items() if v is not None})
+    if (ds.seq_len, ds.vocab_size) != (seq_len, vocab_size):
+        raise ValueError(f"the data has L {ds.seq_len}, V {ds.vocab_size}; the checkpoint wants "
+                         f"{seq_len}, {vocab_size}")
+    return ds
 
 
 def show(x, vocab_size, vocab=None):

@@ -9,7 +9,9 @@ torch only and imports nothing of this project: copy it.
 
 A model offers vocab_size V, block_size r, latent_dim Z (0: no latent), and
     decode(xt, x0, z) -> logits (B, L, V)       reads x_t^b, x_0^{<b}, z^{<=b}; z None if Z = 0;
-                                                or (T, B, L, V) in training: T losses, averaged
+                                                or (T, B, L, V) in training: T losses, averaged.
+                                                With dropout a fourth argument, keep (B, K) bool:
+                                                the blocks that have their latent
     encode(xt, x0) -> mu, logvar (B, K, Z)      q(z^b | x_t^b, x_0^{<=b}); not needed if Z = 0
 It may offer
     seq_len                                     the longest sequence it reads; else any
@@ -46,12 +48,12 @@ class Noise:
     t: torch.Tensor  # (B, K) times
     u: torch.Tensor  # (B, L) uniform: tokens below t are masked
     eps: torch.Tensor  # (B, K, Z) standard normal, of z
-    pick: torch.Tensor | None = None  # (B, K) uniform: the component of a mixture prior
-    drop: torch.Tensor | None = None  # (B, K) uniform: blocks that train without their latent
+    pick: torch.Tensor  # (B, K) uniform: the component of a mixture prior
+    drop: torch.Tensor  # (B, K) uniform: blocks that train without their latent
+    row: torch.Tensor  # (B,) 0, 1/B, 2/B, ...: what rows of a batch do, by micro-batches too
 
     def __getitem__(self, rows):
-        values = (self.t, self.u, self.eps, self.pick, self.drop)
-        return Noise(*(None if v is None else v[rows] for v in values))
+        return Noise(*(v[rows] for v in vars(self).values()))
 
 
 def draw_noise(B, L, r, Z, steps=0, t_min=1e-3, generator=None, device="cpu"):
@@ -68,7 +70,8 @@ def draw_noise(B, L, r, Z, steps=0, t_min=1e-3, generator=None, device="cpu"):
     else:
         t = ((s * steps).floor() + 1).clamp(max=steps) / steps
     u, eps = torch.rand(B, L, **kw), torch.randn(B, K, Z, **kw)
-    return Noise(t, u, eps, torch.rand(B, K, **kw), torch.rand(B, K, **kw))
+    pick, drop = torch.rand(B, K, **kw), torch.rand(B, K, **kw)
+    return Noise(t, u, eps, pick, drop, torch.arange(B, device=device) / B)
 
 
 def gaussian_kl(mu, logvar, prior_mu=None, prior_logvar=None):
@@ -150,7 +153,7 @@ def draw_latent(model, xt, x0, eps, pick, active, closed_form=True):
     eps (B, K, Z) standard normal, pick (B, K) uniform, active (B, K) -> z (B, K, Z), None without
     latents, and (B, K) nats: KL(q || p), or with closed_form=False, or for a mixture, its estimate
     log q(z) - log p(z).
-    # differs from the paper: q = p where nothing is masked.
+    # differs from the paper: q = p where the encoder sees nothing masked.
     """
     if not model.latent_dim:
         return None, torch.zeros(active.shape, device=active.device)
@@ -187,10 +190,11 @@ def objective(model, x0, noise=None, kind="vmd", kl_weight=1.0, given=None, drop
         that reads x_t (E.3) is read at t = 1: the bound is of the sampler that keeps that z.
     noise: of `draw_noise`; None: drawn here.
     given: (L,) or (B, L) bool, tokens that are never masked; all is then conditional on them. A
-    block with nothing masked takes q = p and pays no KL.
+    block of which the encoder sees nothing masked (nelbo: of which all is given) takes q = p and
+    pays no KL.
     dropout: probability that a sequence (first half of the rows), or a block (second half), has no
     latent: its conditioning is zero and no KL is paid (beyond the paper, Ho & Salimans 2022). With
-    dropout blocks that keep it train at t = 1: z is for one step, and the rest for several.
+    dropout the blocks that keep it train at t = 1: z is for one step, no z for several.
     full_mask_share: of the rows of "vmd", how many take z from the encoder of the fully masked x_t,
     as the sampler does (beyond the paper).
     """
@@ -201,14 +205,14 @@ def objective(model, x0, noise=None, kind="vmd", kl_weight=1.0, given=None, drop
         noise = draw_noise(B, L, r, model.latent_dim, device=x0.device)
     t, keep = noise.t, None                              # keep: blocks with a latent; None: all
     if dropout and model.latent_dim:
-        keep = noise.drop >= dropout
-        keep = torch.cat([keep[: B // 2, :1].expand_as(keep[: B // 2]), keep[B // 2 :]])
+        drop = torch.where(noise.row[:, None] < 0.5, noise.drop[:, :1], noise.drop)
+        keep = drop >= dropout
         t = torch.where(keep, 1.0, t)
     maskable = not_given(x0, given)
     masked = (noise.u < t.repeat_interleave(r, 1)) & maskable            # (B, L)
     hidden = masked if kind == "vmd" else maskable       # what the encoder sees as masked
     if full_mask_share and kind == "vmd":
-        whole = torch.arange(B, device=x0.device) < full_mask_share * B
+        whole = noise.row < full_mask_share
         hidden = torch.where(whole[:, None], maskable, masked)
     active = hidden.view(B, -1, r).any(-1)               # (B, K)
     z, kl = draw_latent(model, x0.masked_fill(hidden, V), x0, noise.eps, noise.pick, active)
@@ -253,8 +257,8 @@ def iwae(model, x0, steps, samples, given=None, generator=None):
 def active_units(model, x0, threshold=0.01, given=None, batch_size=1000):
     """Active latent units of each block, Var_x E_q[z_j] > threshold (Burda et al. 2016).
 
-    x0 (B, L) -> (K,) ints. q reads the fully masked sequence; counted is its mean less that of
-    the prior. Zero everywhere: the posterior has collapsed, z says nothing.
+    x0 (B, L) -> (K,) ints. q reads the fully masked sequence; the prior's mean is subtracted from
+    its own. Zero everywhere: the posterior has collapsed, z says nothing.
     """
     if not model.latent_dim:
         return torch.zeros(x0.shape[1] // model.block_size, dtype=torch.long)
@@ -318,8 +322,8 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     on B, not on batch_size.
     on_step(x): is called with the rows of a batch, (b, L), after each evaluation.
     A block model fills sequences longer than its own seq_len window by window: each begins with
-    the last half of the one before, in whole blocks, whose tokens are given (and whose z, if it is
-    fixed and N(0, I), is the same).
+    the last half of the one before, in whole blocks, whose tokens are given (and whose z is the
+    same if it is fixed, N(0, I) and the only draw).
     model: in eval mode. Raises ValueError on an impossible choice.
     """
     temperature = default_temperature(model, latent) if temperature is None else temperature
@@ -396,9 +400,9 @@ def choose_z(model, x, zs, candidates, pick):
     """One of R latents of block b, by sampling importance resampling (Rubin 1988) -> (n, 1, Z).
 
     It is kept in proportion to the probability of the block's given tokens, each read off the fully
-    masked block: R draws of p(z^b) so become one of p(z^b | given). x (n, b r) ids, zs (n, b - 1,
-    Z), candidates (n, R, Z), pick (n,) uniform. R evaluations, one after the other: memory does not
-    grow with R. Beyond the paper.
+    masked block: R draws of p(z^b) so become one of p(z^b | given). (It is no use where training
+    never masked these tokens.) x (n, b r) ids, zs (n, b - 1, Z), candidates (n, R, Z), pick (n,)
+    uniform. R evaluations, one after the other. Beyond the paper.
     """
     r, V = model.block_size, model.vocab_size
     block, hidden = x[:, -r:], x.clone()

@@ -36,6 +36,7 @@ CHECKPOINT_VERSION = 4
 class Config:
     """All that fixes the network's shape. Raises ValueError on values that do not fit together."""
 
+    # defaults: the paper's C.1 where it has them; train.py has its own, those of --preset small
     vocab_size: int  # V, without the mask
     seq_len: int  # L
     block_size: int  # r; L for one block
@@ -153,7 +154,7 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(Layer(D, H) for _ in range(layers))
 
     def forward(self, h, block, attends, mods=None):
-        """h (B, S, r, D), block (S,) their numbers -> list of states after each loop, (B, S', r, D).
+        """h (B, S, r, D), block (S,) their numbers -> states after each loop, list of (B, S', r, D).
 
         S': blocks that the last attend answers for. attends: a function for each layer of each
         loop, see `Layer`; mods: a tensor for each layer, the same in every loop, None: zeros. From
@@ -164,15 +165,16 @@ class Stack(nn.Module):
         h = start = h + place
         token = torch.arange(r, device=h.device)
         rope = rotary((block[:, None] * r + token).flatten(), D // self.layers[0].heads)
+        layers = len(self.layers)
         if mods is None:
-            mods = [h.new_zeros(1, 1, 1, 1, 1)] * len(self.layers)
-        attends, states = iter(attends), []
-        for loop in range(self.loops):
-            if loop > 0:
+            mods = [h.new_zeros(1, 1, 1, 1, 1)] * layers
+        states = []
+        for i, attend in enumerate(attends):
+            if i > 0 and i % layers == 0:                # another loop
+                states.append(h)
                 h = h + start
-            for layer, mod, attend in zip(self.layers, mods, attends):
-                h = layer(h, mod, rope, attend)
-            states.append(h)
+            h = self.layers[i % layers](h, mods[i % layers], rope, attend)
+        states.append(h)
         return [state[:, -h.shape[1] :] for state in states]     # the last attend leaves S'
 
 
@@ -181,6 +183,7 @@ def two_streams(K, r, depth, device):
 
     A clean block sees clean blocks up to itself; a noisy block sees clean blocks before it, and
     itself. The last layer answers for noisy blocks only: nobody reads the clean ones after it.
+    Queries attend in chunks; the clean blocks before the last one of a chunk end at end - r.
     """
     block = torch.arange(K, device=device)
     if K == 1:
@@ -265,7 +268,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.own, self.prefix_len = own, c.prefix_len
         self.embed_xt = nn.Embedding(c.vocab_size + 1, c.width)
-        reads_x0 = own or c.seq_len > c.block_size       # else: no parameter without a gradient
+        reads_x0 = own or c.seq_len > c.block_size       # else DDP: no gradient
         self.embed_x0 = nn.Embedding(c.vocab_size, c.width) if reads_x0 else None
         self.stack = Stack(c.encoder_layers, c.width, c.heads, c.block_size, c.places)
         self.norm = nn.LayerNorm(c.width, bias=False)
@@ -356,7 +359,8 @@ class VMD(nn.Module):
         self.head = nn.Linear(c.width, c.vocab_size)
         self.encoder = Encoder(c) if c.latent_dim else None
         self.conditioner = Conditioner(c) if c.latent_dim else None
-        self.prior_reads_z, self.prior_net = c.prior == "block", None
+        self.prior_reads_z = c.prior == "block"
+        self.prior_net = None
         self.register_buffer("bank", None)
         if c.latent_dim and c.prior == "aggregate":      # means and log variances; zeros: N(0, I)
             K = c.seq_len // c.block_size
@@ -414,8 +418,8 @@ class VMD(nn.Module):
             x = torch.cat([self.blocks(x0)[:, :-1], x], dim=1)
             condition = None if z is None else torch.cat([condition[:, :-1], condition], dim=1)
         streams = two_streams(K, self.block_size, self.stack.depth, x.device)
-        every = self.training and self.config.loops > 1
-        return self.logits(x, condition, *streams, every).flatten(-3, -2)
+        every_loop = self.training and self.config.loops > 1
+        return self.logits(x, condition, *streams, every_loop).flatten(-3, -2)
 
     @torch.no_grad()
     def decode_block(self, x, z, cache):

@@ -50,7 +50,7 @@ def build_parser():
                    help="text: tokens to generate, prompt included, a multiple of the block size; "
                    "several blocks can go beyond the length of training, the default")
     p.add_argument("--puzzle", metavar="PUZZLE",
-                   help="Sudoku: the cells in a row, 0 . _ or * for blanks, or a file of puzzles; "
+                   help="Sudoku: the cells in a row, 0 . _ * x for blanks, or a file of puzzles; "
                    "else held-out puzzles")
     p.add_argument("--clues", type=natural,
                    help="Sudoku: show this many random cells of held-out boards; else as trained")
@@ -66,17 +66,12 @@ def build_parser():
     return p
 
 
-def held_out(a, args, vocab, model):
+def to_fill(a, args, vocab, model):
     """Test sequences with their given tokens, or --puzzle: x0, given (n, L), dataset."""
-    options = data.options(args)
-    if a.clues is not None or a.puzzle is not None:
-        options["clues"] = a.clues
-    if args["dataset"] == "array":
-        options["vocab_size"] = model.vocab_size
-    ds = data.load(args["dataset"], vocab, **options)
-    if (ds.seq_len, ds.vocab_size) != (model.seq_len, model.vocab_size):
-        raise ValueError(f"the data has L {ds.seq_len}, V {ds.vocab_size}; the checkpoint wants "
-                         f"{model.seq_len}, {model.vocab_size}")
+    changes = {}
+    if a.clues is not None or a.puzzle is not None:      # a puzzle keeps the clues it has
+        changes["clues"] = a.clues
+    ds = data.reload(args, vocab, model.seq_len, model.vocab_size, **changes)
     if a.puzzle is None:
         return *ds.test(a.num, torch.Generator().manual_seed(a.seed)), ds
     puzzles = torch.from_numpy(data.puzzles_to_solve(a.puzzle, ds.grid)).long()
@@ -86,7 +81,7 @@ def held_out(a, args, vocab, model):
 
 def prompted(a, model, vocab):
     """--num copies of --prompt, and masks behind it -> (num, L) ids."""
-    V, L = model.vocab_size, a.length or model.config.seq_len
+    V, L = model.vocab_size, a.length or model.seq_len
     x = torch.full((a.num, L), V)
     if a.prompt is not None:
         known = data.encode(a.prompt, vocab, V, a.blank)
@@ -155,7 +150,7 @@ def run(argv):
         a.temperature = default_temperature(model, a.latent)
     nfe, remask = a.nfe or kind.nfe, a.remask or kind.remask
     if sudoku or args.get("prefix_len") and a.prompt is None:
-        x0, given, ds = held_out(a, args, vocab, model)
+        x0, given, ds = to_fill(a, args, vocab, model)
         start = torch.where(given, x0, V)
     else:
         start = prompted(a, model, vocab)

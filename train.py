@@ -70,14 +70,16 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
                          "uniform on (t_min, 1]"),
         t_min=(0.2, share, "least t, above 0; clips the weight 1/t"),
         kl_weight=(1.3, positive, "weight of the KL at the end of its geometric ramp"),
-        kl_start=(1e-3, positive, "weight before the ramp; constant where it equals --kl-weight"),
+        kl_start=(1e-3, positive, "weight before the ramp; constant where it equals --kl-weight, "
+                  "the default of --preset paper"),
         kl_ramp=([0.05, 0.4], share, "FROM TO, the ramp, as shares of the run")),
     "beyond the paper": dict(
         loops=(1, count, "times that the decoder's layers run; training has the mean of the losses "
                "after each, evaluation the last"),
         places=(True, bool, "sudoku, one block: embed a cell's row, column and box; --no-places: "
                 "the cell itself"),
-        latent_dropout=(0.0, share, "probability that a sequence, or a block, trains without z"),
+        latent_dropout=(0.0, share, "probability that a sequence, or a block, trains without z; "
+                        "blocks that keep it then train all masked, for one step"),
         full_mask_share=(0.0, share, "vmd: share of rows whose z comes from the encoder of the "
                          "fully masked x_t, as in sampling")),
     "optimisation": dict(
@@ -106,8 +108,8 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
 }
 TEXT = ("text8", "lm1b", "text")
 NO_FLAG = dict(latent_hidden=4, pooling="mean")                  # what only presets set
-# differs from the paper: small enough for two CPU cores; KL ramp, clipping, cosine decay, averaged weights.
-# Puzzles: a small looped network, small batches and a high rate learn them several times sooner.
+# differs from the paper: small enough for two CPU cores; KL ramp, clipping, cosine decay, averaged
+# weights. Puzzles: a small looped network, small batches, a high rate learn them much sooner.
 # A larger t_min spends the samples where z matters; a KL weight above 1 closes the holes that the
 # posteriors leave in the prior (for pairs z is not worth a weight of 2). Text: t in {1/2, 1}
 # teaches z more than t near 0; few units, and a KL weight that starts high enough for the decoder
@@ -155,7 +157,7 @@ NETWORK = ("width", "heads", "layers", "loops", "encoder_layers", "latent_dim", 
 LATENT_PARTS = ("encoder.", "conditioner.", "prior_net.", "bank")    # the baseline lacks these
 FREE_ON_RESUME = {"resume", "out", "data_path", "data_dir", "device", "compile", "log_every",
                   "eval_every", "grad_accum"}
-EVAL_SEQUENCES = 2000  # at most, in an evaluation during training: a tenth of the time
+EVAL_SEQUENCES = 2000  # at most, in an evaluation during training: it takes 6% of a run
 
 
 def build_parser(**options):
@@ -269,7 +271,7 @@ def wrap(model, a, world):
     return step_fn
 
 
-def shares(x0, given, noise, a, rank, world):
+def micro_batches(x0, given, noise, a, rank, world):
     """This process's micro-batches of a batch that every process has drawn -> list, on the device.
     """
     parts = []
@@ -285,7 +287,8 @@ def optimise(step_fn, opt, parts, kl_weight, lr, a):
     for group in opt.param_groups:
         group["lr"] = lr
     opt.zero_grad(set_to_none=True)
-    weight, terms = torch.full((), kl_weight, device=a.device), 0
+    weight = torch.full((), kl_weight, device=a.device)  # a number would be compiled in
+    terms = 0
     for part in parts:
         # several processes: gradients are averaged with the last micro-batch only
         wait = hasattr(step_fn, "no_sync") and part is not parts[-1]
@@ -325,7 +328,8 @@ def evaluate(model, ds, a, samples=None):
     terms = []
     for at in torch.arange(len(x0), device=a.device).split(max(1, a.batch_size // a.grad_accum)):
         known = None if given is None else given[at]
-        terms.append(objective(model, x0[at], noise[at], a.objective, a.kl_weight, known))
+        terms.append(objective(model, x0[at], noise[at], a.objective, a.kl_weight, known,
+                               a.latent_dropout))
     loss, recon, kl = (torch.cat(v).mean().item() for v in zip(*terms))
     out = dict(loss=loss, recon=recon, kl=kl, active=active_units(model, x0, given=given).tolist())
     if not ds.scored:
@@ -575,7 +579,7 @@ def train(a, ckpt, rank, world):
     start = since = time.time()
     sums, logged = torch.zeros(4, device=a.device), begin    # since the last line, and its step
     with journal, bar, stop_signals() as stop:
-        if rank == 0 and ckpt and (begin % a.eval_every == 0 or begin == a.steps):
+        if rank == 0 and ckpt and (begin % ckpt["args"]["eval_every"] == 0 or begin == a.steps):
             assess(run, log, record)                     # a kill may have cut it off
             since = time.time()
         for step in range(begin, a.steps):
@@ -583,7 +587,7 @@ def train(a, ckpt, rank, world):
             x0, given = ds.batch(a.batch_size, run.streams["data"])  # every process draws all rows
             noise = draw_noise(*x0.shape, model.block_size, model.latent_dim,
                                a.objective_steps, a.t_min, run.streams["noise"], a.device)
-            parts = shares(x0, given, noise, a, rank, world)
+            parts = micro_batches(x0, given, noise, a, rank, world)
             sums += optimise(step_fn, run.opt, parts, kl_weight, lr, a)
             if run.ema:
                 update_average(run.ema, model, a.ema, step)
@@ -624,7 +628,7 @@ def train(a, ckpt, rank, world):
             if stopped:
                 log(f"stopped at step {done}; --resume --out {out} goes on")
                 return 130
-    if rank == 0 and not stop:
+    if rank == 0:
         report(run, spent + time.time() - start)
     return 0
 
