@@ -340,23 +340,20 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
         raise ValueError(f"length {L} is beyond the {longest} tokens that the model was made for, "
                          "and with one block there is nothing to go on from")
     draws = 1 if latent in ("fixed", "none") else nfe    # latents of a block, one after the other
-    rivals = latent_draws - 1                            # of its first latent
+    # a stream of its own for `choose_z`: the rest is the same for every R
     second = torch.Generator().manual_seed(torch.randint(2**62, (), generator=generator).item())
     keep = longest // r // 2 * r                         # of a window, at the start of the next
     out = []
     for part in x.split(batch_size or B):
         part = part.clone()
         eps, picks, u, order = sampler_noise(len(part), K, r, Z, draws, generator, x.device)
-        rival_eps, rival_picks, _, choice = sampler_noise(len(part), K, 1, Z, rivals, second,
-                                                          x.device)
-        eps = torch.cat([eps, rival_eps], dim=2)
-        picks = torch.cat([picks, rival_picks, choice[..., None]], dim=2)
+        rivals = sampler_noise(len(part), K, 1, Z, latent_draws - 1, second, x.device)
         for first in range(0, max(1, L - keep), longest - keep):
-            own = slice(first, first + longest)
+            window = slice(first, first + longest)
             blocks = slice(first // r, (first + longest) // r)
-            _sample(model, part[:, own], eps[:, blocks], picks[:, blocks], u[:, own], order[:, own],
-                    nfe, remask, temperature, latent, latent_draws,
-                    (lambda: on_step(part.clone())) if on_step else None)
+            noise = eps[:, blocks], picks[:, blocks], u[:, window], order[:, window]
+            _sample(model, part[:, window], noise, [v[:, blocks] for v in rivals], nfe, remask,
+                    temperature, latent, (lambda: on_step(part.clone())) if on_step else None)
         out.append(part)
     return torch.cat(out)
 
@@ -418,11 +415,12 @@ def choose_z(model, x, zs, candidates, pick):
     return candidates.gather(1, chosen[..., None].expand(-1, -1, candidates.shape[2]))
 
 
-def _sample(model, x, eps, picks, u, order, nfe, remask, temperature, latent, latent_draws,
-            on_step):
-    """Fills x (B, L) in place. Noise as in `sampler_noise`: of the draws the first is that of each
-    block's first z, the last latent_draws - 1 are its rivals; the last pick chooses among them."""
+def _sample(model, x, noise, rivals, nfe, remask, temperature, latent, on_step):
+    """Fills x (B, L) in place. noise, rivals: of `sampler_noise`, the second, with r = 1, of the
+    rivals of each block's first z and, as its last part, of the choice among them."""
     V, r = model.vocab_size, model.block_size
+    eps, picks, u, order = noise
+    rival_eps, rival_picks, _, choice = rivals
     cache = model.new_cache() if hasattr(model, "decode_block") else None
     zs, z = eps[:, :0, 0], None                          # zs: (B, b, Z), of finished blocks
     counts = (x == V).view(len(x), -1, r).sum(-1).T.tolist()             # all that is read back
@@ -432,12 +430,11 @@ def _sample(model, x, eps, picks, u, order, nfe, remask, temperature, latent, la
         M = (block == V).sum(1)
         if eps.shape[-1]:
             z = draw_z(model, so_far, zs, eps[:, b, :1], picks[:, b, :1])
-        if z is not None and latent_draws > 1 and any(0 < m < r for m in masks):
+        if z is not None and rival_eps.shape[2] and any(0 < m < r for m in masks):
             rows = ((M > 0) & (M < r)).nonzero()[:, 0]   # z must suit what is given
-            rivals = draw_z(model, so_far[rows], zs[rows], eps[rows, b, 1 - latent_draws :],
-                            picks[rows, b, -latent_draws:-1])
-            rivals = torch.cat([z[rows], rivals], dim=1)
-            chosen = choose_z(model, so_far[rows], zs[rows], rivals, picks[rows, b, -1])
+            more = draw_z(model, so_far[rows], zs[rows], rival_eps[rows, b], rival_picks[rows, b])
+            candidates = torch.cat([z[rows], more], dim=1)
+            chosen = choose_z(model, so_far[rows], zs[rows], candidates, choice[rows, b])
             z = z.index_copy(0, rows, chosen)
         for i, n in enumerate(range(nfe, 0, -1)):
             if not any(revealed(m, n, nfe) for m in set(masks)):

@@ -154,7 +154,7 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(Layer(D, H) for _ in range(layers))
 
     def forward(self, h, block, attends, mods=None):
-        """h (B, S, r, D), block (S,) their numbers -> states after each loop, list of (B, S', r, D).
+        """h (B, S, r, D), block (S,) their numbers -> states after each loop, each (B, S', r, D).
 
         S': blocks that the last attend answers for. attends: a function for each layer of each
         loop, see `Layer`; mods: a tensor for each layer, the same in every loop, None: zeros. From
