@@ -1174,8 +1174,8 @@ def parser(script, doc, **options):
     return p
 
 
-def run_script(script, run, argv=None):
-    """run(argv) -> exit status: its own, or 0; 2, and one line, for what a user can mend.
+def run_script(name, script, argv=None):
+    """script(argv) -> exit status: its own, or 0; 2, and one line, for what a user can mend.
 
     A terminal that lacks a character gets ? for it; a reader that has gone (`| head`) is no error.
     """
@@ -1185,7 +1185,7 @@ def run_script(script, run, argv=None):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        status = run(argv) or 0
+        status = script(argv) or 0
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -1194,5 +1194,5 @@ def run_script(script, run, argv=None):
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as e:
-        print(f"{script}: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"{name}: {' '.join(str(e).split())}", file=sys.stderr)
         return 2

@@ -425,8 +425,8 @@ def _sample(model, x, noise, rivals, nfe, remask, temperature, latent, on_step):
     zs, z = eps[:, :0, 0], None                          # zs: (B, b, Z), of finished blocks
     counts = (x == V).view(len(x), -1, r).sum(-1).T.tolist()             # all that is read back
     for b, masks in enumerate(counts):                   # masks: M of each row
-        own, guess = slice(b * r, (b + 1) * r), None
-        block, so_far = x[:, own], x[:, : (b + 1) * r]   # views: x is filled in place
+        at, guess = slice(b * r, (b + 1) * r), None
+        block, so_far = x[:, at], x[:, : (b + 1) * r]   # views: x is filled in place
         M = (block == V).sum(1)
         if eps.shape[-1]:
             z = draw_z(model, so_far, zs, eps[:, b, :1], picks[:, b, :1])
@@ -446,20 +446,20 @@ def _sample(model, x, noise, rivals, nfe, remask, temperature, latent, on_step):
             if cache is not None:
                 logits = model.decode_block(block, z, cache)             # (B, r, V)
             else:
-                known = None if z is None else torch.cat([zs, z], dim=1)
-                logits = model.decode(so_far, so_far, known)[:, own]
-            score = order[:, own]
+                latents = None if z is None else torch.cat([zs, z], dim=1)
+                logits = model.decode(so_far, so_far, latents)[:, at]
+            score = order[:, at]
             if remask != "random":
                 score = confidence(logits.softmax(-1), remask)
             rank = score.masked_fill(~masked, -1).argsort(dim=1, descending=True, stable=True)
             rank = rank.argsort(dim=1)                                   # 0 for the highest score
             reveal = masked & (rank < due[:, None])
-            block.copy_(torch.where(reveal, draw_tokens(logits, temperature, u[:, own]), block))
+            block.copy_(torch.where(reveal, draw_tokens(logits, temperature, u[:, at]), block))
             if on_step:
                 on_step()
             if latent == "encoder":                      # x_0-hat
                 filled = so_far.clone()
-                filled[:, own] = torch.where(block == V, logits.argmax(-1), block)
+                filled[:, at] = torch.where(block == V, logits.argmax(-1), block)
                 guess = filled if guess is None else torch.where(due[:, None] > 0, filled, guess)
         if cache is not None:
             cache.push(block.clone(), z)

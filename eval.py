@@ -378,7 +378,7 @@ def print_results(result, ds):
               f"{result['latent_dim']}")
 
 
-def run(argv):
+def script(argv):
     """Evaluates, writes, prints. Raises ValueError, FileNotFoundError."""
     a = build_parser().parse_args(argv)
     usable(a.device)
@@ -423,7 +423,7 @@ def write_json(path, result):
 
 def main(argv=None):
     """Returns the exit status: 2, and one line, for what a user can mend."""
-    return data.run_script("eval.py", run, argv)
+    return data.run_script("eval.py", script, argv)
 
 
 if __name__ == "__main__":

@@ -257,32 +257,32 @@ class Cache:
 class Encoder(nn.Module):
     """q(z^b | x_t^b, x_0^{<=b}): a mean and a log variance per block (Section 3.2).
 
-    With own=False it does not see x_0^b: p(z^b | x_t^b, x_0^{<b}), the noised prior of E.3.
+    With sees_x0=False it does not see x_0^b: p(z^b | x_t^b, x_0^{<b}), the noised prior of E.3.
     Gated pooling leaves out the first prefix_len positions, which are never masked.
     # differs from the paper: position i of block b embeds x_t^i and x_0^i together, instead of the
     # sequence [x_t ; x_0] of twice the length: what z^b may depend on is the same, at half the
     # cost.
     """
 
-    def __init__(self, c, own=True):
+    def __init__(self, c, sees_x0=True):
         super().__init__()
-        self.own, self.prefix_len = own, c.prefix_len
+        self.sees_x0, self.prefix_len = sees_x0, c.prefix_len
         self.embed_xt = nn.Embedding(c.vocab_size + 1, c.width)
-        reads_x0 = own or c.seq_len > c.block_size       # else DDP: no gradient
-        self.embed_x0 = nn.Embedding(c.vocab_size, c.width) if reads_x0 else None
+        has_x0 = sees_x0 or c.seq_len > c.block_size     # else it had no gradient: DDP refuses
+        self.embed_x0 = nn.Embedding(c.vocab_size, c.width) if has_x0 else None
         self.stack = Stack(c.encoder_layers, c.width, c.heads, c.block_size, c.places)
         self.norm = nn.LayerNorm(c.width, bias=False)
         self.gate = nn.Linear(c.width, 1, bias=False) if c.pooling == "gated" else None
         self.head = nn.Linear(c.width, 2 * c.latent_dim)
         with torch.no_grad():
             self.head.bias[: c.latent_dim] = 0
-            self.head.bias[c.latent_dim :] = LOGVAR_INIT if own else 0
+            self.head.bias[c.latent_dim :] = LOGVAR_INIT if sees_x0 else 0
 
     def forward(self, xt, x0):
         """xt, x0 (B, K, r) ids -> mu, logvar (B, K, Z) float32."""
         K, r = xt.shape[1:]
         h = self.embed_xt(xt)                                    # (B, K, r, D)
-        if self.own:
+        if self.sees_x0:
             h = h + self.embed_x0(x0)
         if K > 1:
             h = torch.cat([self.embed_x0(x0[:, :-1]), h], dim=1)         # (B, 2K - 1, r, D)
@@ -366,7 +366,7 @@ class VMD(nn.Module):
             K = c.seq_len // c.block_size
             self.bank = torch.zeros(2, K, max(2, c.bank // K), c.latent_dim)
         elif c.latent_dim and c.prior != "standard":
-            self.prior_net = BlockPrior(c) if self.prior_reads_z else Encoder(c, own=False)
+            self.prior_net = BlockPrior(c) if self.prior_reads_z else Encoder(c, sees_x0=False)
 
     def param_counts(self):
         """Parameters of decoder, encoder, latent pathway; the first and last run at sampling."""

@@ -128,7 +128,7 @@ def show_boards(puzzles, answers, path):
     print(f"{good.sum()} of {len(good)} solved")
 
 
-def run(argv):
+def script(argv):
     """Samples, writes, prints. Raises ValueError, FileNotFoundError."""
     a = build_parser().parse_args(argv)
     a.num = a.num or (1 if a.puzzle or a.show_steps else 10)
@@ -174,7 +174,7 @@ def run(argv):
 
 def main(argv=None):
     """Returns the exit status: 2, and one line, for what a user can mend."""
-    return data.run_script("sample.py", run, argv)
+    return data.run_script("sample.py", script, argv)
 
 
 if __name__ == "__main__":

@@ -295,9 +295,9 @@ def optimise(step_fn, opt, parts, kl_weight, lr, a):
         with step_fn.no_sync() if wait else contextlib.nullcontext():
             with torch.autocast(torch.device(a.device).type, torch.bfloat16,
                                 enabled=a.dtype == "bfloat16"):
-                loss, own = step_fn(*part, weight)
+                loss, part_terms = step_fn(*part, weight)
             (loss / len(parts)).backward()
-        terms = terms + own / len(parts)
+        terms = terms + part_terms / len(parts)
     trained = [p for group in opt.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, a.clip or math.inf)
     opt.step()
@@ -666,7 +666,7 @@ def report(run, seconds):
         print(f"{'independent tokens':<38}{best['acc']:>10.2%}{best['kl']:>12.4f}")
 
 
-def run(argv):
+def script(argv):
     """Parses, joins the other processes under torchrun, trains -> exit status."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -689,7 +689,7 @@ def run(argv):
 
 def main(argv=None):
     """Returns the exit status: 2, and one line, for what a user can mend."""
-    return data.run_script("train.py", run, argv)
+    return data.run_script("train.py", script, argv)
 
 
 if __name__ == "__main__":
