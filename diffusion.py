@@ -426,7 +426,7 @@ def _sample(model, x, noise, rivals, nfe, remask, temperature, latent, on_step):
     counts = (x == V).view(len(x), -1, r).sum(-1).T.tolist()             # all that is read back
     for b, masks in enumerate(counts):                   # masks: M of each row
         at, guess = slice(b * r, (b + 1) * r), None
-        block, so_far = x[:, at], x[:, : (b + 1) * r]   # views: x is filled in place
+        block, so_far = x[:, at], x[:, : (b + 1) * r]    # views: x is filled in place
         M = (block == V).sum(1)
         if eps.shape[-1]:
             z = draw_z(model, so_far, zs, eps[:, b, :1], picks[:, b, :1])

@@ -1928,18 +1928,30 @@ def test_best_is_not_overwritten_by_worse(tmp_path, monkeypatch):
     assert [r["step"] for r in lines if "eval" in r] == [2, 4, 6]
 
 
+def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path, monkeypatch):
+    def cut(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "assess", cut)
+    assert fast(tmp_path, status=130)["step"] == 3
+    monkeypatch.undo()
+    assert train.main(["--resume", "--eval-every", "4", "--out", str(tmp_path)]) == 0
+    lines = [json.loads(s) for s in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in lines if "eval" in r] == [3, 4, 6]
+
+
 @pytest.mark.parametrize("flags, advice", [
     ("", "lower --kl-start or --kl-weight"),
     ("--preset paper --batch-size 8", "add --kl-start 1e-3"),
     ("--preset paper --batch-size 8 --kl-start 1e-3", "lower --kl-start or --kl-weight"),
-    ("--dataset sudoku --grid 4 --puzzles 300", "z is not used, and need not be")])
+    ("--dataset sudoku --grid 4 --puzzles 300", "z is not used, and need not be"),
+    ("--dataset sudoku --grid 4 --puzzles 300 --clues 2", "the README's boards without clues")])
 def test_the_collapse_message_comes_once_and_its_advice_works(
         user, monkeypatch, capsys, flags, advice):
     monkeypatch.setattr(train, "active_units", lambda *a, **k: torch.zeros(1, dtype=torch.long))
     fast("idle", "--eval-every 2 " + flags)
     out = capsys.readouterr().out
     assert out.count(advice) == 1
-    assert out.count("no unit is active") == ("sudoku" not in flags)
+    assert out.count("no unit is active") == ("sudoku" not in flags or "clues" in flags)
     constant = "paper" in flags and "--kl-start" not in flags
     assert ("the KL weight is constant" in out) == constant
 

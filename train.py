@@ -534,6 +534,8 @@ def explain_idle_latent(a, ds):
                 " to say")
     advice = "add --kl-start 1e-3" if a.kl_start == a.kl_weight else (
         "lower --kl-start or --kl-weight, or let the ramp end later (--kl-ramp)")
+    if ds.name == "sudoku" and a.preset == "small":
+        advice = "see the flags of the README's boards without clues"
     return (f"  the latent has collapsed: no unit is active, z says nothing. Where given tokens "
             f"decide all others that is right; else {advice}")
 
