@@ -107,8 +107,8 @@ def one_seed(monkeypatch):
 def tiny(L=4, r=2, Z=3, V=3, seed=0, **kw):
     """A small random network in which gates, constants and latent weights are far from zero."""
     torch.manual_seed(seed)
-    kw = {"bank": 20} | kw
-    m = VMD(Config(V, L, r, width=16, heads=2, layers=2, encoder_layers=1, latent_dim=Z, **kw))
+    kw = {"layers": 2, "bank": 20} | kw
+    m = VMD(Config(V, L, r, width=16, heads=2, encoder_layers=1, latent_dim=Z, **kw))
     with torch.no_grad():
         for name, p in m.named_parameters():
             if name.endswith("ada") or name.startswith("conditioner.m") and p.dim() == 2:
@@ -442,7 +442,7 @@ def test_without_latents_the_bounds_have_known_values():
                                          ("nelbo", 2), ("nelbo", 4), ("vmd", 2)])
 @torch.no_grad()
 def test_monte_carlo_agrees_with_the_sum_over_all_masks(L, r, Z, kind, steps):
-    m, g, n = tiny(L, r, Z), gen(3), 40_000
+    m, g, n = tiny(L, r, Z, layers=1), gen(3), 40_000
     x0, eps = torch.randint(3, (1, L), generator=g), torch.randn(3, L // r, Z, generator=g)
     noise = draw_noise(n, L, r, Z, steps, 1e-6, g)
     noise.eps = eps[torch.randint(3, (n,), generator=g)]     # the draws that are summed over
@@ -489,7 +489,7 @@ def exact_nll(model, x0, steps, zs, weights):
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @torch.no_grad()
 def test_iwae_is_unbiased_and_lies_between_the_exact_nll_and_nelbo(Z, prior, steps):
-    m, n, g = tiny(3, 3, Z, seed=4, prior=prior, bank=5), 20_000, gen(5)
+    m, n, g = tiny(3, 3, Z, seed=4, prior=prior, bank=5, layers=1), 20_000, gen(5)
     x0, grid = torch.tensor([[2, 0, 1]]), torch.linspace(-9, 9, 2001)[:, None, None]
     if Z:
         m.encoder.head.bias.data[1] = 0.0    # sigma near 1: weights of a small variance
@@ -1998,12 +1998,12 @@ def test_scripts_run_one_after_the_other_without_flags(trained):
     assert all({"nats", "se"} <= b.keys() for b in bounds)
 
 
-def test_none_among_other_latents_is_scored_without_z(trained):
-    flags = "--num 500 --bound-steps --json r.json --latent".split()
-    run_script(trained, "eval.py", *flags, "fixed", "none")
-    fixed, none = read_json(trained / "r.json")["rows"]
-    run_script(trained, "eval.py", *flags, "none")
-    alone = read_json(trained / "r.json")["rows"][0]
+def test_none_among_other_latents_is_scored_without_z(user):
+    flags = "--num 500 --bound-steps --json r.json --latent"
+    user("eval", f"{flags} fixed none")
+    fixed, none = read_json("r.json")["rows"]
+    user("eval", f"{flags} none")
+    alone = read_json("r.json")["rows"][0]
     assert none["kl"] == alone["kl"] != fixed["kl"]
     assert (fixed["temperature"], none["temperature"]) == (0, 1)
 
