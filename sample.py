@@ -125,7 +125,7 @@ def show_boards(puzzles, answers, path):
         print(data.draw_boards(puzzle, answer, color=sys.stdout.isatty()) + "\n")
     kept = ((puzzles == 0) | (puzzles == answers)).all(1).numpy()
     good = kept & ~data.violations(answers.numpy()).any(1)
-    print(f"{good.sum()} of {len(good)} solved")
+    print(f"{good.sum()} of {len(good)} solved, {len(answers[good].unique(dim=0))} different")
 
 
 def script(argv):
