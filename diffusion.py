@@ -342,24 +342,23 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     draws = 1 if latent in ("fixed", "none") else nfe    # latents of a block, one after the other
     # a stream of its own for `choose_z`: the rest is the same for every R
     second = torch.Generator().manual_seed(torch.randint(2**62, (), generator=generator).item())
-    keep = longest // r // 2 * r                         # of a window, at the start of the next
+    size, keep = longest // r, longest // r // 2         # blocks of a window; kept by the next one
     out = []
     for part in x.split(batch_size or B):
         part = part.clone()
-        eps, picks, u, order = sampler_noise(len(part), K, r, Z, draws, generator, x.device)
+        noise = sampler_noise(len(part), K, r, Z, draws, generator, x.device)
         rivals = sampler_noise(len(part), K, 1, Z, latent_draws - 1, second, x.device)
-        for first in range(0, max(1, L - keep), longest - keep):
-            window = slice(first, first + longest)
-            blocks = slice(first // r, (first + longest) // r)
-            noise = eps[:, blocks], picks[:, blocks], u[:, window], order[:, window]
-            _sample(model, part[:, window], noise, [v[:, blocks] for v in rivals], nfe, remask,
-                    temperature, latent, (lambda: on_step(part.clone())) if on_step else None)
+        for first in range(0, max(1, K - keep), size - keep):
+            blocks, window = slice(first, first + size), slice(first * r, (first + size) * r)
+            _sample(model, part[:, window], [v[:, blocks] for v in noise],
+                    [v[:, blocks] for v in rivals], nfe, remask, temperature, latent,
+                    (lambda: on_step(part.clone())) if on_step else None)
         out.append(part)
     return torch.cat(out)
 
 
 def sampler_noise(B, K, r, Z, draws, generator, device):
-    """eps (B, K, draws, Z) normal; uniform: picks (B, K, draws), u and order (B, K r).
+    """eps (B, K, draws, Z) normal; uniform: picks (B, K, draws), u and order (B, K, r).
 
     float64 uniforms are drawn one by one: those of a row do not depend on the rows behind it. u
     stays float64, see `draw_tokens`.
@@ -367,9 +366,8 @@ def sampler_noise(B, K, r, Z, draws, generator, device):
     noise = torch.rand(B, K, 2 * r + draws * (Z + 1), dtype=torch.float64, generator=generator)
     u, order, picks, eps = noise.split([r, r, draws, draws * Z], dim=2)
     eps = torch.special.ndtri(eps.clamp(min=1e-300)).float().view(B, K, draws, Z)
-    u, order = u.reshape(B, K * r), order.reshape(B, K * r).float()
     u = u if device.type == "mps" else u.to(device)      # mps has no float64
-    return eps.to(device), picks.float().to(device), u, order.to(device)
+    return eps.to(device), picks.float().to(device), u, order.float().to(device)
 
 
 def revealed(masks, n, N):
@@ -398,7 +396,7 @@ def choose_z(model, x, zs, candidates, pick):
 
     It is kept in proportion to the probability of the block's given tokens, each read off the fully
     masked block: R draws of p(z^b) so become one of p(z^b | given). (It is no use where training
-    never masked these tokens.) x (n, b r) ids, zs (n, b - 1, Z), candidates (n, R, Z), pick (n,)
+    never masked these tokens.) x (n, b r) ids, zs (n, b - 1, Z), candidates (n, R, Z), pick (n, 1)
     uniform. R evaluations, one after the other. Beyond the paper.
     """
     r, V = model.block_size, model.vocab_size
@@ -410,7 +408,7 @@ def choose_z(model, x, zs, candidates, pick):
         nats = token_nats(logits, block.clamp(max=V - 1)) * (block < V)
         log_p.append(-nats.sum(1))
     cdf = torch.stack(log_p, dim=1).softmax(1).cumsum(1)         # (n, R)
-    chosen = torch.searchsorted(cdf, pick[:, None] * cdf[:, -1:], right=True)
+    chosen = torch.searchsorted(cdf, pick * cdf[:, -1:], right=True)
     chosen = chosen.clamp(max=len(log_p) - 1)
     return candidates.gather(1, chosen[..., None].expand(-1, -1, candidates.shape[2]))
 
@@ -448,13 +446,13 @@ def _sample(model, x, noise, rivals, nfe, remask, temperature, latent, on_step):
             else:
                 latents = None if z is None else torch.cat([zs, z], dim=1)
                 logits = model.decode(so_far, so_far, latents)[:, at]
-            score = order[:, at]
+            score = order[:, b]
             if remask != "random":
                 score = confidence(logits.softmax(-1), remask)
             rank = score.masked_fill(~masked, -1).argsort(dim=1, descending=True, stable=True)
             rank = rank.argsort(dim=1)                                   # 0 for the highest score
             reveal = masked & (rank < due[:, None])
-            block.copy_(torch.where(reveal, draw_tokens(logits, temperature, u[:, at]), block))
+            block.copy_(torch.where(reveal, draw_tokens(logits, temperature, u[:, b]), block))
             if on_step:
                 on_step()
             if latent == "encoder":                      # x_0-hat
