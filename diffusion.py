@@ -391,26 +391,35 @@ def draw_z(model, x, zs, eps, pick, guess=None):
     return mu + (0.5 * logvar).exp() * eps
 
 
-def choose_z(model, x, zs, candidates, pick):
-    """One of R latents of block b, by sampling importance resampling (Rubin 1988) -> (n, 1, Z).
+def choose_z(model, x, zs, z, eps, pick, choice):
+    """In rows with given tokens in block b, one of R latents; z elsewhere -> (B, 1, Z).
 
-    It is kept in proportion to the probability of the block's given tokens, each read off the fully
-    masked block: R draws of p(z^b) so become one of p(z^b | given). (It is no use where training
-    never masked these tokens.) x (n, b r) ids, zs (n, b - 1, Z), candidates (n, R, Z), pick (n, 1)
-    uniform. R evaluations, one after the other. Beyond the paper.
+    Sampling importance resampling (Rubin 1988): a latent is kept in proportion to the probability
+    of the given tokens, each read off the fully masked block, so that R draws of p(z^b) become one
+    of p(z^b | given). (It is no use where training never masked these tokens.) x (B, b r) ids, zs
+    (B, b - 1, Z); z (B, 1, Z) is the first candidate, eps (B, R - 1, Z) and pick (B, R - 1) are the
+    noise of the others, choice (B, 1) is uniform. R evaluations, one after the other. Beyond the
+    paper.
     """
     r, V = model.block_size, model.vocab_size
+    given = (x[:, -r:] < V).sum(1)
+    rows = ((given > 0) & (given < r)).nonzero()[:, 0]
+    if len(rows) == 0:
+        return z
+    x, zs = x[rows], zs[rows]
+    rivals = draw_z(model, x, zs, eps[rows], pick[rows])
+    candidates = torch.cat([z[rows], rivals], dim=1)             # (n, R, Z)
     block, hidden = x[:, -r:], x.clone()
     hidden[:, -r:] = V
     log_p = []
-    for z in candidates.split(1, dim=1):                 # (n, 1, Z)
-        logits = model.decode(hidden, hidden, torch.cat([zs, z], dim=1))[:, -r:]
+    for one in candidates.split(1, dim=1):
+        logits = model.decode(hidden, hidden, torch.cat([zs, one], dim=1))[:, -r:]
         nats = token_nats(logits, block.clamp(max=V - 1)) * (block < V)
         log_p.append(-nats.sum(1))
     cdf = torch.stack(log_p, dim=1).softmax(1).cumsum(1)         # (n, R)
-    chosen = torch.searchsorted(cdf, pick * cdf[:, -1:], right=True)
-    chosen = chosen.clamp(max=len(log_p) - 1)
-    return candidates.gather(1, chosen[..., None].expand(-1, -1, candidates.shape[2]))
+    chosen = torch.searchsorted(cdf, choice[rows] * cdf[:, -1:], right=True)
+    chosen = chosen.clamp(max=len(log_p) - 1)[..., None].expand(-1, -1, z.shape[2])
+    return z.index_copy(0, rows, candidates.gather(1, chosen))
 
 
 def _sample(model, x, noise, rivals, nfe, remask, temperature, latent, on_step):
@@ -421,19 +430,15 @@ def _sample(model, x, noise, rivals, nfe, remask, temperature, latent, on_step):
     rival_eps, rival_picks, _, choice = rivals
     cache = model.new_cache() if hasattr(model, "decode_block") else None
     zs, z = eps[:, :0, 0], None                          # zs: (B, b, Z), of finished blocks
-    counts = (x == V).view(len(x), -1, r).sum(-1).T.tolist()             # all that is read back
+    counts = (x == V).view(len(x), -1, r).sum(-1).T.tolist()     # R = 1: all that is read back
     for b, masks in enumerate(counts):                   # masks: M of each row
         at, guess = slice(b * r, (b + 1) * r), None
         block, so_far = x[:, at], x[:, : (b + 1) * r]    # views: x is filled in place
         M = (block == V).sum(1)
         if eps.shape[-1]:
             z = draw_z(model, so_far, zs, eps[:, b, :1], picks[:, b, :1])
-        if z is not None and rival_eps.shape[2] and any(0 < m < r for m in masks):
-            rows = ((M > 0) & (M < r)).nonzero()[:, 0]   # z must suit what is given
-            more = draw_z(model, so_far[rows], zs[rows], rival_eps[rows, b], rival_picks[rows, b])
-            candidates = torch.cat([z[rows], more], dim=1)
-            chosen = choose_z(model, so_far[rows], zs[rows], candidates, choice[rows, b])
-            z = z.index_copy(0, rows, chosen)
+        if z is not None and rival_eps.shape[2]:         # R > 1
+            z = choose_z(model, so_far, zs, z, rival_eps[:, b], rival_picks[:, b], choice[:, b])
         for i, n in enumerate(range(nfe, 0, -1)):
             if not any(revealed(m, n, nfe) for m in set(masks)):
                 continue
