@@ -1,7 +1,7 @@
 """Datasets: synthetic (Sections 4.1, 4.2, D.2), Sudoku (4.3), text (4.4), integer arrays of yours.
 
     ds = load("pairs")                               # or load("sudoku", grid=6, layout="board")
-    x0, given = ds.batch(512, torch.Generator())     # (512, L) int64, and bool or None
+    x0, given = ds.batch(512, torch.Generator())     # (512, L) int64 and bool
     ds.metrics(samples)                              # {"acc": 0.993, "kl": 0.011}
 
 Every dataset has
@@ -17,8 +17,8 @@ Every dataset has
                         how it is scored if nothing else is asked for; temperature None: the
                         sampler's own; samples to score, sequences for likelihood bounds
     scored              whether its metrics are worth watching during training
-    batch, valid, test  (n, generator) -> x0 (n, L) ids, given (n, L) bool or None: tokens that are
-                        never masked; for training, for choosing between models, for reporting
+    batch, valid, test  (n, generator) -> x0 (n, L) ids, given (n, L) bool: tokens that are never
+                        masked; for training, for choosing between models, for reporting
     metrics             (x, x0, given) -> scores of samples x drawn for test sequences x0
 At the end stands what the three scripts share. Imports nothing of this project: copy it.
 """
@@ -34,7 +34,6 @@ import os
 import re
 import sys
 import tarfile
-import time
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -99,12 +98,12 @@ class Synthetic:
         self.about = f"entropy {self.entropy:.4f} nats"
 
     def batch(self, n, generator=None):
-        """n fresh sequences (n, L) int64, None."""
+        """n fresh sequences -> x0 (n, L) int64, given (n, L) bool: nothing is."""
         x = self.table[torch.multinomial(self.probs, n, replacement=True, generator=generator)]
         if not self.fixed.all():
             noise = torch.randint(self.vocab_size, x.shape, generator=generator)
             x = torch.where(x < 0, noise, x)
-        return x, None
+        return x, torch.zeros_like(x, dtype=torch.bool)
 
     valid = test = batch  # every draw is unseen data of the same distribution
 
@@ -182,10 +181,8 @@ class Array:
         self.about = f"{N - held:,} training and {held:,} test sequences"
 
     def rows(self, at):
-        """Rows by number -> x0 (n, L) int64, given (n, L) bool or None."""
+        """Rows by number -> x0 (n, L) int64, given (n, L) bool."""
         x0 = torch.from_numpy(self.x[at].astype(np.int64))
-        if self.prefix_len == 0:
-            return x0, None
         return x0, (torch.arange(self.seq_len) < self.prefix_len).repeat(len(x0), 1)
 
     def batch(self, n, generator=None):
@@ -267,12 +264,13 @@ def propagate(c):
 
 
 def narrowest(c, rng=None):
-    """Of each board (n, n, B) an undecided cell with the fewest candidates (B,), and their number;
-    with rng, a random one of such cells."""
+    """Of each board (n, n, B) an undecided cell with the fewest candidates -> (B,) cell numbers.
+
+    The first of such cells; with rng a random one.
+    """
     size = np.bitwise_count(c.reshape(len(c) ** 2, -1))
     noise = 0 if rng is None else rng.random(size.shape, dtype=np.float32)
-    cell = np.where(size > 1, size + noise, 99).argmin(0)
-    return cell, size[cell, np.arange(len(cell))]
+    return np.where(size > 1, size + noise, 99).argmin(0)
 
 
 def random_grids(n, count, rng):
@@ -284,12 +282,11 @@ def random_grids(n, count, rng):
         out.append(c[:, :, solved])
         done += solved.sum()
         c[:, :, broken | solved] = 2**n - 1              # begin another board
-        cell, size = narrowest(c, rng)
         flat, b = c.reshape(n * n, B), np.arange(B)
-        bits, skip = flat[cell, b], (rng.random(B) * size).astype(int)
-        for i in range(n - 1):                           # keep the candidate after `skip` others
-            bits = np.where(skip > i, bits & (bits - 1), bits)
-        flat[cell, b] = bits & (~bits + 1)
+        cell = narrowest(c, rng)
+        possible = flat[cell, b] >> np.arange(n)[:, None] & 1            # (n, B) of 0, 1
+        skip = (rng.random(B) * possible.sum(0)).astype(int)             # candidates before it
+        flat[cell, b] = 1 << (possible.cumsum(0) > skip).argmax(0)
     out = np.concatenate(out, axis=2)
     return out[:, :, rng.permutation(out.shape[2])[:count]]  # not the quick ones first
 
@@ -313,11 +310,10 @@ def dig(solution, rng):
             clues[cell[found], b[found]] = 0
             on = ~found & (c != before).any(0)
             b, cell, c = b[on], cell[on], c[:, on]
-    bits = np.where(clues, clues, everything)
-    return to_digits(bits.reshape(n, n, B))
+    return np.where(clues.T, to_digits(solution), 0)
 
 
-def generate(n, count, seed=0):
+def generate(n, count):
     """Puzzles with one solution, and these -> (2, count, n n) uint8, 0 for blanks.
 
     About 24.6 clues for n = 9, 10.1 for 6, 4.3 for 4.
@@ -325,7 +321,7 @@ def generate(n, count, seed=0):
     out = []
     with tqdm(total=count, desc=f"generating {n}x{n} puzzles", unit="puzzle", disable=None) as bar:
         for i in range(0, count, CHUNK):                 # a larger count begins with the same ones
-            rng = np.random.default_rng([GENERATOR_VERSION, seed, i])
+            rng = np.random.default_rng([GENERATOR_VERSION, 0, i])
             grids = random_grids(n, CHUNK, rng)
             out.append(np.stack([dig(grids, rng), to_digits(grids)]))
             bar.update(min(CHUNK, count - i))
@@ -350,7 +346,7 @@ def solve(puzzles, limit=2):
         np.add.at(found, owner[solved], 1)
         on = ~broken & ~solved & (found[owner] < limit)
         owner, c = owner[on], c[:, :, on]
-        cell, _ = narrowest(c)
+        cell = narrowest(c)
         bits = c.reshape(n * n, -1)[cell, np.arange(len(cell))]
         for d in range(n):                               # one child for each candidate
             has = (bits >> d & 1) == 1
@@ -375,9 +371,8 @@ def violations(boards):
 def canonical(solutions):
     """Relabels digits so that the first row reads 1..n: (B, n n) -> (B, n n) uint8."""
     n = math.isqrt(solutions.shape[1])
-    label = np.zeros((len(solutions), n + 1), np.uint8)
-    np.put_along_axis(label, solutions[:, :n].astype(int), np.arange(1, n + 1, dtype=np.uint8), 1)
-    return np.take_along_axis(label, solutions.astype(int), 1)
+    label = solutions[:, :n].argsort(1).astype(np.uint8) + 1     # of digit 1, 2, ...: its place
+    return np.take_along_axis(label, solutions.astype(int) - 1, 1)
 
 
 def held_out(solutions):
@@ -440,7 +435,6 @@ def read_boards(lines, n, name):
     puzzle = solution = ""
     for number, line in enumerate(itertools.chain(lines, ["the end"]), 1):
         where = f"{name}, line {number}"
-        line = re.sub(r"\x1b\[[0-9;]*m", "", line)       # colours of `draw_boards`
         words = re.findall(r"[\w.*]+", line)
         boards = [w for w in words if len(NO_CELL.sub("", w)) > size / 2]   # or meant to be
         row = "".join(words)
@@ -513,16 +507,14 @@ def puzzles_to_solve(text, n):
     return puzzles
 
 
-def cached_puzzles(n, count, seed=0, data_dir=".data"):
-    """`generate`, kept in data_dir under version, seed and count."""
-    if not 1 <= count <= 10**8:
-        raise ValueError(f"the number of puzzles must lie in 1..10^8, not {count}")
-    path = Path(data_dir) / f"sudoku{n}x{n}-v{GENERATOR_VERSION}-seed{seed}-{count}.npy"
+def cached_puzzles(n, count, data_dir=".data"):
+    """`generate`, kept in data_dir under version and count."""
+    path = Path(data_dir) / f"sudoku{n}x{n}-v{GENERATOR_VERSION}-seed0-{count}.npy"
     if not path.exists():
-        both = generate(n, count, seed)
+        both = generate(n, count)
         with whole(path) as f:
             np.save(f, both)
-    return load_array(path, axes=3)
+    return np.load(path, mmap_mode="r")
 
 
 class Sudoku:
@@ -588,7 +580,7 @@ class Sudoku:
         if self.data_path:
             both = read_puzzles(self.data_path, self.grid)
         else:
-            both = cached_puzzles(self.grid, self.puzzles, 0, self.data_dir)
+            both = cached_puzzles(self.grid, self.puzzles, self.data_dir)
         test = held_out(both[1])
         if test.all() or not test.any():
             raise ValueError("too few puzzles: none is left to train on, or none to test on")
@@ -684,11 +676,11 @@ class Sudoku:
                               cell=1 - wrong.double() / blank.sum(1).clamp(min=1))
 
 
-def draw_boards(puzzle, answer, color=False, new=None):
+def draw_boards(puzzle, answer, new=None):
     """Puzzle and answer side by side as text: ' after clues, ! after violations, _ for blanks.
 
-    puzzle, answer (n n,) digits. color: clues also bold, violations red (ANSI). new (n n,) bool:
-    the answer is not finished; + after these cells, no mark at blanks, and no verdict.
+    puzzle, answer (n n,) digits. new (n n,) bool: the answer is not finished; + after these cells,
+    no mark at blanks, and no verdict.
     """
     n = math.isqrt(len(puzzle))
     h, w = BOXES[n]
@@ -696,19 +688,14 @@ def draw_boards(puzzle, answer, color=False, new=None):
     bad = violations(answer[None])[0] | (puzzle != 0) & (answer != puzzle)
     fresh = np.zeros(n * n, bool)
     if new is not None:
-        fresh, bad = new, bad & (answer != 0)
+        fresh, bad = np.asarray(new), bad & (answer != 0)
     marks = np.select([bad, puzzle > 0, fresh], ["!", "'", "+"], " ")
-    codes = {"!": 31, "'": 1, "+": 32}
-
-    def cell(digit, mark, code):
-        text = f"{digit or '_'}{mark}"
-        return f"\033[{code}m{text}\033[0m" if color and code else text
+    left = [f"{digit or '_'} " for digit in puzzle]
+    right = [f"{digit or '_'}{mark}" for digit, mark in zip(answer, marks)]
 
     def row(cells, i):
         return "| ".join("".join(cells[j:j + w]) for j in range(i * n, i * n + n, w))
 
-    left = [cell(clue, " ", 1 if clue else None) for clue in puzzle]
-    right = [cell(digit, mark, codes.get(mark)) for digit, mark in zip(answer, marks)]
     rule = "+-".join(["--" * w] * (n // w))
     lines = []
     for i in range(n):
@@ -750,14 +737,6 @@ def read_text8(data_dir):
         return z.read("text8").decode("ascii")           # by name: no path in the archive is used
 
 
-def read_text(path):
-    """The text of a UTF-8 file, with or without byte order mark; line ends become \\n."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8: {e.reason} at byte {e.start}") from None
-
-
 def detokenize(line):
     """Undoes LM1B's tokenisation of one line, with the rules of BD3-LM's pipeline, in its order."""
     line = line.replace("http : / / ", "http://").replace("https : / / ", "https://")
@@ -777,16 +756,10 @@ def detokenize(line):
 
 
 class WordPiece:
-    """BERT's uncased tokenizer (Devlin et al. 2019): text -> ids of a given vocabulary.
-
-    vocab: list of tokens; must hold [UNK], [CLS], [SEP]. Raises ValueError if it does not.
-    """
+    """BERT's uncased tokenizer (Devlin et al. 2019): text -> ids of vocab, a list of tokens."""
 
     def __init__(self, vocab):
         self.ids = {token: i for i, token in enumerate(vocab)}
-        for token in ("[UNK]", "[CLS]", "[SEP]"):
-            if token not in self.ids:
-                raise ValueError(f"the vocabulary lacks {token}")
         self.unk, self.cls, self.sep = (self.ids[t] for t in ("[UNK]", "[CLS]", "[SEP]"))
         self.word = functools.lru_cache(1 << 20)(self._word)
 
@@ -907,7 +880,10 @@ class Text:
             cut = len(train) - len(train) // 100
             splits = train[:cut], train[cut:], test
         else:
-            text = read_text8(data_dir) if name == "text8" else read_text(data_path)
+            if name == "text8":
+                text = read_text8(data_dir)
+            else:                                        # with or without byte order mark
+                text = Path(data_path).read_text(encoding="utf-8-sig")
             if alphabet == "text8":
                 text = to_text8(text)
             if "text8" in (name, alphabet):
@@ -925,15 +901,15 @@ class Text:
                              f"each and have {', '.join(str(len(s)) for s in splits)}")
 
     def rows(self, split, at):
-        """Chunks by number -> x0 (n, L) int64, None."""
+        """Chunks by number -> x0 (n, L) int64, given (n, L) bool: nothing is."""
         x = torch.from_numpy(self.splits[split][at.numpy()].astype(np.int64))
         if self.name == "lm1b":
             cls, sep = (torch.full_like(x[:, :1], self.vocab.index(t)) for t in ("[CLS]", "[SEP]"))
             x = torch.cat([cls, x, sep], dim=1)
-        return x, None
+        return x, torch.zeros_like(x, dtype=torch.bool)
 
     def batch(self, n, generator=None):
-        """n training chunks drawn with replacement -> x0 (n, L) int64, None."""
+        """n training chunks drawn with replacement -> x0, given, as `rows`."""
         return self.rows(0, torch.randint(len(self.splits[0]), (n,), generator=generator))
 
     def valid(self, n, generator=None):
@@ -957,10 +933,7 @@ class Text:
 
 # ---- files and downloads
 
-TIMEOUT = 30  # seconds without an answer, or without another byte
-
-
-def load_array(path, axes=2):
+def load_array(path):
     """Integers of a .npy file, memory-mapped, never unpickled. FileNotFoundError or ValueError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no array at {path}; make one: numpy.save(path, x)")
@@ -968,8 +941,8 @@ def load_array(path, axes=2):
         x = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as e:  # a damaged file makes numpy raise almost anything
         raise ValueError(f"{path} is no plain .npy array: {str(e)[:100]!r}") from None
-    if getattr(x, "ndim", None) != axes or x.dtype.kind not in "iu":
-        raise ValueError(f"{path} must hold one array of integers with {axes} axes, as (N, L)")
+    if getattr(x, "ndim", None) != 2 or x.dtype.kind not in "iu":
+        raise ValueError(f"{path} must hold one array (N, L) of integers, with 2 axes")
     return x
 
 
@@ -988,49 +961,23 @@ def whole(path):
         part.unlink(missing_ok=True)
 
 
-def has_sha256(path, want):
-    """Whether a file has this hex digest; None: any."""
-    with open(path, "rb") as f:
-        return want is None or hashlib.file_digest(f, "sha256").hexdigest() == want
-
-
-def download(url, path, sha256=None, tries=4):
+def download(url, path, sha256=None):
     """Fetches url to path unless it is there -> path. Raises OSError; ValueError: wrong content.
 
-    Streams to PATH.part, goes on from there after an interruption, checks the sha256, then renames:
-    under its own name a file is whole.
+    Streams to PATH.part, where the next call goes on if this one is cut off, checks the sha256,
+    then renames: under its own name a file is whole.
     """
     path, part = Path(path), Path(f"{path}.part")
     if path.exists():
-        if not has_sha256(path, sha256):
-            raise ValueError(f"{path} is not the file of {url}: remove it")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    for i in range(tries):
-        try:
-            fetch(url, part)
-            break
-        except requests.RequestException as e:
-            status = 0 if e.response is None else e.response.status_code
-            hopeless = 400 <= status < 500 and status not in (416, 429)
-            if hopeless or i + 1 == tries:
-                raise OSError(f"cannot download {url}: {status or type(e).__name__}") from None
-            time.sleep(2**i)
-    if not has_sha256(part, sha256):
-        part.unlink()
-        raise ValueError(f"{url} does not have sha256 {sha256}; the file is not kept")
-    os.replace(part, path)
-    return path
-
-
-def fetch(url, part):
-    """One attempt of `download`: appends to `part` what is missing. Raises requests' exceptions."""
     have = part.stat().st_size if part.exists() else 0
-    # identity: the length is that of the file
+    # identity: the length is that of the file; 30 seconds without another byte are an error
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-" if have else None}
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as r:
-        if r.status_code == 416:                         # nothing follows: begin again
-            part.unlink(missing_ok=True)
+    with requests.get(url, headers=headers, stream=True, timeout=30) as r:
+        if r.status_code == 416:                         # nothing follows: begin anew
+            part.unlink()
+            return download(url, path, sha256)
         r.raise_for_status()
         if "html" in r.headers.get("Content-Type", ""):
             raise ValueError(f"{url} answered with a web page, not with the file: see it in a "
@@ -1038,31 +985,31 @@ def fetch(url, part):
         have = have if r.status_code == 206 else 0       # 200: the server sends all of it
         total = have + int(r.headers.get("Content-Length", 0))
         with (open(part, "ab" if have else "wb") as f,
-              tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=part.stem,
+              tqdm(total=total or None, initial=have, unit="B", unit_scale=True, desc=path.name,
                    disable=None) as bar):
             for chunk in r.iter_content(1 << 16):
                 bar.update(f.write(chunk))
     if part.stat().st_size < total:
-        raise requests.ConnectionError(f"{part} is not yet {total} bytes long")
+        raise OSError(f"{url} was cut off; the same command goes on with it")
+    with open(part, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if sha256 not in (None, digest):
+        part.unlink()
+        raise ValueError(f"{url} does not have sha256 {sha256}; the file is not kept")
+    os.replace(part, path)
+    return path
 
 
 # ---- by name, and as text
 
-def check_output(path):
-    """Raises OSError unless `path`, a file to be written later or None, can be one."""
-    if path is None:
-        return
-    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path} cannot be written: it is a folder, or in none")
-
-
 def load(name, vocab=None, **given):
-    """Dataset by name; given: its OPTIONS; vocab: of `Text`, where a checkpoint fixes it.
+    """Dataset by name; given: its OPTIONS, None: the default; vocab: of `Text`, a checkpoint's.
 
     Raises ValueError on an unknown name, an option of another dataset or an impossible value.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset {name!r} is not one of {', '.join(DATASETS)}")
+    given = {k: v for k, v in given.items() if v is not None}
     for k in given:
         if k not in OPTIONS.get(name, ()):
             owners = ", ".join(d for d in OPTIONS if k in OPTIONS[d]) or "no dataset"
@@ -1078,19 +1025,20 @@ def load(name, vocab=None, **given):
     return Text(name, vocab=vocab, **given)
 
 
-def reload(args, vocab, seq_len, vocab_size, **changes):
-    """The dataset of a checkpoint's settings (args) and vocabulary, with other options where named.
+def reload(ckpt, model, **changes):
+    """The dataset that a checkpoint's model was trained on; changes: other options, if not None.
 
     Raises ValueError if its L or V is not that of the model.
     """
-    name = args["dataset"]
-    given = {k: args.get(k) for k in OPTIONS.get(name, ())} | changes
+    name = ckpt["args"]["dataset"]
+    given = {k: ckpt["args"].get(k) for k in OPTIONS.get(name, ())}
+    given |= {k: v for k, v in changes.items() if v is not None}
     if name == "array":
-        given["vocab_size"] = vocab_size
-    ds = load(name, vocab, **{k: v for k, v in given.items() if v is not None})
-    if (ds.seq_len, ds.vocab_size) != (seq_len, vocab_size):
+        given["vocab_size"] = model.vocab_size
+    ds = load(name, ckpt["vocab"], **given)
+    if (ds.seq_len, ds.vocab_size) != (model.seq_len, model.vocab_size):
         raise ValueError(f"the data has L {ds.seq_len}, V {ds.vocab_size}; the checkpoint wants "
-                         f"{seq_len}, {vocab_size}")
+                         f"{model.seq_len}, {model.vocab_size}")
     return ds
 
 
@@ -1158,6 +1106,13 @@ natural = within(int, 0, 10**9, "whole number (0 or more)")
 positive = within(float, 1e-30, 1e30, "number (above 0)")
 number = within(float, 0, 1e30, "number (0 or more)")
 share = within(float, 0, 1, "number (0 to 1)")
+
+
+def output(path):
+    """A type for argparse: a file that can be written when the work is done."""
+    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} cannot be written: it is a folder, or in none")
+    return path
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -22,17 +22,18 @@ from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from data import count, natural, number
+from data import count, natural, number, output
 from diffusion import (LATENT, REMASK, active_units, default_temperature, draw_noise, iwae,
                        objective, sample)
 from model import VMD, Config, load_checkpoint, one_line, usable
 
 SHADES = " ░▒▓█"
 PERCENT = ("acc", "cond_acc", "exact", "valid", "cell", "distinct4")
-METRICS = PERCENT + ("kl", "entropy", "gen_ppl")
+SETTINGS = ("nfe", "remask", "temperature", "latent", "num")  # of a row; the others are metrics
 T_MIN = 1e-5  # of the bounds
 
 
@@ -83,7 +84,7 @@ def build_parser():
     g.add_argument("--seed", type=natural, default=0, help="seed of samples and test draws")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="torch device")
-    g.add_argument("--json", metavar="FILE", help="write all results to this file")
+    g.add_argument("--json", type=output, metavar="FILE", help="write all results to this file")
     g.add_argument("--benchmark", nargs="+", metavar="FIELD=VALUE",
                    help="instead of all else: how fast a network of these fields of model.Config "
                    "trains and samples, with and without z, in batches of --batch-size (else 16)")
@@ -94,19 +95,10 @@ def load_data(a, model, ckpt):
     """The dataset that the checkpoint was trained on, or that the flags name instead."""
     if "args" not in ckpt:
         raise ValueError(f"{a.ckpt} does not say what it was trained on: it can be sampled only")
-    args, changes = ckpt["args"], {}
-    name = args["dataset"]
-    if a.clues is not None and name != "sudoku":
-        raise ValueError(f"--clues is for sudoku; {a.ckpt} was trained on {name}")
-    if a.data_path and name not in ("array", "sudoku", "text"):
-        raise ValueError(f"--data-path does not go with {name}, which {a.ckpt} was trained on")
-    if a.data_path and name != "sudoku":
-        changes["data_path"] = a.data_path
-    if a.clues is not None:
-        changes["clues"] = a.clues
-    ds = data.reload(args, ckpt["vocab"], model.seq_len, model.vocab_size, **changes)
-    if a.data_path and name == "sudoku":
-        if args["data_path"] and Path(a.data_path).resolve() == Path(args["data_path"]).resolve():
+    sudoku, trained_on = ckpt["args"]["dataset"] == "sudoku", ckpt["args"]["data_path"]
+    ds = data.reload(ckpt, model, clues=a.clues, data_path=None if sudoku else a.data_path)
+    if sudoku and a.data_path:
+        if trained_on and Path(a.data_path).resolve() == Path(trained_on).resolve():
             raise ValueError(f"most puzzles of {a.data_path} were trained on; without --data-path "
                              "those held out are scored")
         ds.test_set = torch.from_numpy(data.read_puzzles(a.data_path, ds.grid))
@@ -190,9 +182,9 @@ def sample_rows(model, ds, a, judge=None):
     """One dict per combination of the flags -> (rows, samples of the first)."""
     rows, first = [], None
     x0, given = ds.test(a.num, torch.Generator().manual_seed(a.seed))
-    masks = torch.full((a.num, ds.seq_len), ds.vocab_size)
-    start = masks.clone() if given is None else torch.where(given, x0, ds.vocab_size)
-
+    start = torch.where(given, x0, ds.vocab_size)
+    if not ds.scored:                                    # nothing to answer: as many as asked for
+        start = torch.full((a.num, ds.seq_len), ds.vocab_size)
     latents = a.latent if model.latent_dim else ["none"]
     choices = itertools.product(latents, a.temperature, a.remask, a.nfe)
     for latent, temperature, remask, nfe in choices:
@@ -204,8 +196,7 @@ def sample_rows(model, ds, a, judge=None):
                           torch.Generator().manual_seed(a.seed + 1), None,
                           a.latent_draws).cpu()
 
-        clock, x = time.time(), draw(start)
-        seconds = time.time() - clock
+        x = draw(start)
         first = x if first is None else first
         row = dict(nfe=nfe, remask=remask, temperature=temperature, latent=latent, num=len(x),
                    **ds.metrics(x, x0, given))
@@ -213,9 +204,9 @@ def sample_rows(model, ds, a, judge=None):
             ppl = judge(x)
             row |= dict(gen_ppl=ppl.mean().item(), gen_ppl_sd=ppl.std(correction=0).item())
         if ds.name == "needle":                          # the first token is given
-            masks[:, 0] = x0[:, 0]
-            row["cond_acc"] = ds.metrics(draw(masks))["acc"]
-        rows.append(row | dict(seconds=round(seconds, 2)))
+            begun = torch.where(torch.arange(ds.seq_len) == 0, x0, ds.vocab_size)
+            row["cond_acc"] = ds.metrics(draw(begun))["acc"]
+        rows.append(row)
     return rows, first
 
 
@@ -242,13 +233,12 @@ def bound_rows(model, ds, a):
     rows = []
     for bound, steps in bounds:
         values = []
-        for at in torch.arange(len(x0)).split(a.batch_size):
-            known = None if given is None else given[at].to(a.device)
-            values.append(one_draw(model, x0[at].to(a.device), known, bound, steps, a, g))
+        for part in zip(x0.split(a.batch_size), given.split(a.batch_size)):
+            values.append(one_draw(model, *(v.to(a.device) for v in part), bound, steps, a, g))
         v = torch.cat(values).cpu().double()
         row = dict(bound=f"iwae_{a.iwae}" if bound == "iwae" else bound, steps=steps or None,
                    nats=v.mean().item(), se=v.std().item() / math.sqrt(len(v)))
-        if given is None:                                # else some tokens cost nothing
+        if not given.any():                              # else some tokens cost nothing
             row["nats_per_token"] = row["nats"] / x0.shape[1]
         rows.append(row)
     return rows
@@ -287,10 +277,12 @@ def benchmark(a):
         runs[f"training, {name}"] = partial(train_step, model, opt)
         runs[f"sampling, {name}"] = partial(draw, model)
     print(f"batch {B}, {nfe} step(s) per block, {torch.get_num_threads()} threads, {a.device}")
-    rows = []
-    for name, times in timed(runs, a.device).items():
-        least, median, most = (x0.numel() / s for s in (max(times), sorted(times)[len(times) // 2],
-                                                        min(times)))
+    seconds, rows = {name: [] for name in runs}, []
+    for name in [*runs] * 5:                             # in turn: noise hits all alike
+        timer = Timer("run()", globals=dict(run=runs[name]), num_threads=torch.get_num_threads())
+        seconds[name].append(timer.timeit(1).median)     # after two calls that warm up
+    for name, times in seconds.items():
+        least, median, most = (x0.numel() / s for s in sorted(times)[::-2])
         gflops = flop_of(runs[name]) * median / x0.numel() / 1e9
         share = gflops / (rows[0]["gflops"] if rows else gflops)         # the matmul comes first
         rows.append(dict(what=name, gflops=gflops, of_matmul=share,
@@ -300,21 +292,6 @@ def benchmark(a):
               + (tokens if name != "matmul" else ""))
     return dict(config=values, batch_size=B, nfe=nfe, rows=rows, device=str(a.device),
                 threads=torch.get_num_threads())
-
-
-def timed(runs, device, rounds=5):
-    """Seconds of each callable, {name: list}, called in turn so that noise hits all alike."""
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    out = {name: [] for name in runs}
-    for i in range(rounds + 1):
-        for name, run in runs.items():
-            wait()
-            start = time.perf_counter()
-            run()
-            wait()
-            if i:                                        # the first round warms up
-                out[name].append(time.perf_counter() - start)
-    return out
 
 
 def flop_of(run):
@@ -346,11 +323,8 @@ def heat_map(truth, generated, encoding="utf-8"):
 
 def print_results(result, ds):
     """The tables."""
-    shown = [k for k in METRICS if k in result["rows"][0]]
-    columns = []                                         # metrics, each with its s.e. or s.d.
-    for k in shown:
-        columns += [c for c in (k, f"{k}_se", f"{k}_sd") if c in result["rows"][0]]
-    heads = [c if c in shown else c[-2:] for c in columns]
+    columns = [k for k in result["rows"][0] if k not in SETTINGS]
+    heads = [k[-2:] if k.endswith(("_se", "_sd")) else k for k in columns]
     print(f"{'nfe':>4} {'remask':>7} {'temp':>5} {'latent':>9}"
           + "".join(f" {head:>9}" for head in heads))
     for r in result["rows"]:
@@ -382,7 +356,6 @@ def script(argv):
     """Evaluates, writes, prints. Raises ValueError, FileNotFoundError."""
     a = build_parser().parse_args(argv)
     usable(a.device)
-    data.check_output(a.json)
     if a.benchmark:
         return write_json(a.json, benchmark(a))
     if a.iwae and not any(a.bound_steps):
@@ -397,8 +370,7 @@ def script(argv):
     bounds = bound_rows(model, ds, a) if a.bound_steps else []
     rows, x = sample_rows(model, ds, a, judge)
     x0, given = ds.test(min(a.bound_num, 5000), torch.Generator().manual_seed(a.seed))
-    given = None if given is None else given.to(a.device)
-    active = active_units(model, x0.to(a.device), batch_size=a.batch_size, given=given)
+    active = active_units(model, x0.to(a.device), given=given.to(a.device), batch_size=a.batch_size)
     result = dict(dataset=ds.name, checkpoint=str(a.ckpt), step=ckpt["step"], seed=a.seed,
                   device=str(a.device), seconds=round(time.time() - start, 2),
                   params=model.param_counts(), latent_dim=model.latent_dim,
@@ -421,9 +393,7 @@ def write_json(path, result):
         Path(path).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def main(argv=None):
-    """Returns the exit status: 2, and one line, for what a user can mend."""
-    return data.run_script("eval.py", script, argv)
+main = partial(data.run_script, "eval.py", script)         # argv -> exit status
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import data
-from data import count, natural, number
+from data import count, natural, number, output
 from diffusion import LATENT, REMASK, default_temperature, sample
 from model import load_checkpoint, usable
 
@@ -59,21 +59,19 @@ def build_parser():
     p.add_argument("--batch-size", type=count, default=1000,
                    help="sequences per network evaluation")
     p.add_argument("--seed", type=natural, default=0, help="same seed, same samples")
-    p.add_argument("--out", metavar="FILE",
+    p.add_argument("--out", type=output, metavar="FILE",
                    help="also write the samples to this file; Sudoku: puzzle,answer on each line")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="torch device")
     return p
 
 
-def to_fill(a, args, vocab, model):
+def to_fill(a, ckpt, model):
     """Test sequences with their given tokens, or --puzzle: x0, given (n, L), dataset."""
-    changes = {}
-    if a.clues is not None or a.puzzle is not None:      # a puzzle keeps the clues it has
-        changes["clues"] = a.clues
-    ds = data.reload(args, vocab, model.seq_len, model.vocab_size, **changes)
+    ds = data.reload(ckpt, model, clues=a.clues)
     if a.puzzle is None:
         return *ds.test(a.num, torch.Generator().manual_seed(a.seed)), ds
+    ds.clues = None                                      # a puzzle keeps the clues it has
     puzzles = torch.from_numpy(data.puzzles_to_solve(a.puzzle, ds.grid)).long()
     x0, given = ds.tokens(puzzles, puzzles)
     return x0.repeat_interleave(a.num, 0), given.repeat_interleave(a.num, 0), ds
@@ -108,11 +106,8 @@ class Steps:
 
 def draw_unfinished(ds, given, x, new):
     """Sudoku boards as text, newly filled cells marked. x (n, L) ids; given, new (n, L) bool."""
-    filled, out = ds.boards(new.long(), given)[1], []
-    for puzzle, answer, cells in zip(*ds.boards(x, given), filled):
-        board = (puzzle.numpy(), answer.numpy(), sys.stdout.isatty(), cells.numpy() > 0)
-        out.append(data.draw_boards(*board))
-    return "\n\n".join(out)
+    filled = ds.boards(new.long(), given)[1] > 0
+    return "\n\n".join(map(data.draw_boards, *ds.boards(x, given), filled))
 
 
 def show_boards(puzzles, answers, path):
@@ -121,8 +116,8 @@ def show_boards(puzzles, answers, path):
         with open(path, "w", encoding="utf-8") as f:
             for puzzle, answer in zip(puzzles.tolist(), answers.tolist()):
                 print("".join(map(str, puzzle)), "".join(map(str, answer)), sep=",", file=f)
-    for puzzle, answer in zip(puzzles.numpy(), answers.numpy()):
-        print(data.draw_boards(puzzle, answer, color=sys.stdout.isatty()) + "\n")
+    for puzzle, answer in zip(puzzles, answers):
+        print(data.draw_boards(puzzle, answer) + "\n")
     kept = ((puzzles == 0) | (puzzles == answers)).all(1).numpy()
     good = kept & ~data.violations(answers.numpy()).any(1)
     print(f"{good.sum()} of {len(good)} solved, {len(answers[good].unique(dim=0))} different")
@@ -132,7 +127,6 @@ def script(argv):
     """Samples, writes, prints. Raises ValueError, FileNotFoundError."""
     a = build_parser().parse_args(argv)
     a.num = a.num or (1 if a.puzzle or a.show_steps else 10)
-    data.check_output(a.out)
     model, ckpt = load_checkpoint(a.ckpt, usable(a.device), a.loops)
     args, vocab, V = ckpt.get("args", {"dataset": "array"}), ckpt.get("vocab"), model.vocab_size
     sudoku = args["dataset"] == "sudoku"
@@ -150,7 +144,7 @@ def script(argv):
         a.temperature = default_temperature(model, a.latent)
     nfe, remask = a.nfe or kind.nfe, a.remask or kind.remask
     if sudoku or args.get("prefix_len") and a.prompt is None:
-        x0, given, ds = to_fill(a, args, vocab, model)
+        x0, given, ds = to_fill(a, ckpt, model)
         start = torch.where(given, x0, V)
     else:
         start = prompted(a, model, vocab)
@@ -172,9 +166,7 @@ def script(argv):
     print(text)
 
 
-def main(argv=None):
-    """Returns the exit status: 2, and one line, for what a user can mend."""
-    return data.run_script("sample.py", script, argv)
+main = partial(data.run_script, "sample.py", script)         # argv -> exit status
 
 
 if __name__ == "__main__":

@@ -1023,7 +1023,7 @@ def test_arrays_are_split_and_their_first_tokens_given(tmp_path):
     ds = data.load("array", data_path=tmp_path / "x.npy")
     assert (ds.vocab_size, ds.seq_len, ds.scored) == (80, 4, False)
     (x0, given), held = ds.batch(500), ds.test(9)[0]
-    assert x0.dtype == torch.int64 and given is None and ds.metrics(held, held) == {}
+    assert x0.dtype == torch.int64 and not given.any() and ds.metrics(held, held) == {}
     assert len(held) == 2                                    # every row has its place
     assert torch.equal(torch.cat([torch.unique(x0, dim=0), held]).sort(0).values, x)
     ds = data.load("array", data_path=tmp_path / "x.npy", prefix_len=3, vocab_size=90)
@@ -1270,18 +1270,17 @@ def test_puzzle_scores_by_hand(sudoku4):
 
 
 def test_generated_puzzles_are_cached(tmp_path, monkeypatch):
-    def cached(count, seed=0):
-        return data.cached_puzzles(4, count, seed, tmp_path)
+    def cached(count):
+        return data.cached_puzzles(4, count, tmp_path)
     first = cached(600)
     assert (first[:, :200] == generated(4)).all()            # more puzzles begin with the same
     assert (first[:, 512:] != first[:, :88]).any()           # and go on with others
-    assert (cached(600, seed=1) != first).any() and cached(90).shape == (2, 90, 16)
+    assert cached(90).shape == (2, 90, 16)
     monkeypatch.setattr(data, "generate", None)
     assert (cached(600) == first).all()
     with pytest.raises(KeyboardInterrupt), data.whole(tmp_path / "x"):
         raise KeyboardInterrupt
-    assert len(list(tmp_path.iterdir())) == 3                # what is not finished is not there
-    refused("1..10^8, not 0", cached, 0)
+    assert len(list(tmp_path.iterdir())) == 2                # what is not finished is not there
 
 
 def forms_of(puzzle, solution):
@@ -1355,7 +1354,6 @@ def test_boards_are_drawn_by_hand():
     right = [line[13:] for line in data.draw_boards(p, x).splitlines()]
     assert right[0] == "1!1!| 3 4 " and right[3:] == ["2 1!| 4'3 ", "4 3 | 2 _!", ""]
     assert data.draw_boards(p, x).endswith("solved: no")
-    assert "\033[31m" in data.draw_boards(p, x, color=True)
     drawn = data.draw_boards(p, np.where(cell == 3, 0, s), new=cell == 2).splitlines()
     assert drawn[0] == "1 _ | _ _    1'2 | 3+_ " and len(drawn) == 5     # new; no verdict yet
 
@@ -1379,11 +1377,10 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server():
     handler = type("Handler", (Server,), dict(seen=[]))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
         threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
-        monkeypatch.setattr(data.time, "sleep", lambda s: None)
         handler.url = f"http://127.0.0.1:{httpd.server_port}/x.npy"
         yield handler
         httpd.shutdown()
@@ -1401,25 +1398,24 @@ def test_downloads_go_on_where_they_were_cut(server, tmp_path, mode, before, ran
     if before:
         part.parent.mkdir()
         part.write_bytes((body + body)[:before])
+    if mode == "cut":
+        with pytest.raises(OSError):
+            data.download(server.url, file, good)
     assert data.download(server.url, file, good).read_bytes() == body
     assert [r and r.replace("100000", "65536") for r in server.seen] == ranges
     assert not part.exists()
     assert data.download("http://127.0.0.1:9/x", file, good) == file         # nobody is asked
-    file.write_bytes(b"damaged")
-    refused("x.npy is not the file of", data.download, server.url, file, good)
 
 
-@pytest.mark.parametrize("mode, error, tries, why", [
-    ("range", ValueError, 1, "does not have sha256"), ("html", ValueError, 1, "a web page"),
-    ("404", OSError, 1, "404"), ("503", OSError, 4, "503"),
-    ("closed", OSError, 0, "cannot download")])
-def test_bad_downloads_leave_nothing_under_the_final_name(
-        server, tmp_path, mode, error, tries, why):
+@pytest.mark.parametrize("mode, error, why", [
+    ("range", ValueError, "does not have sha256"), ("html", ValueError, "a web page"),
+    ("404", OSError, "404"), ("closed", OSError, "127.0.0.1")])
+def test_bad_downloads_leave_nothing_under_the_final_name(server, tmp_path, mode, error, why):
     server.mode = mode
     url = "http://127.0.0.1:9/x" if mode == "closed" else server.url      # nobody listens there
     with pytest.raises(error, match=why):
         data.download(url, tmp_path / "x.npy", "0" * 64)
-    assert len(server.seen) == tries and not any(tmp_path.iterdir())
+    assert not any(tmp_path.iterdir())
 
 
 def shah_rows():
@@ -1475,7 +1471,6 @@ def test_wordpiece_goldens_by_hand():
             ("a\u200bb\u0007b", "a ##b ##b"), ("zebra a", "[UNK] a"), ("unx", "[UNK]"),
             ("a" + "b" * 99, "a" + " ##b" * 99), ("a" + "b" * 100, "[UNK]"), ("  ", "")):
         assert [vocab[i] for i in wp.encode(text)] == want.split(), text
-    refused("[UNK]", data.WordPiece, ["a"])
 
 
 def test_detokenizer_goldens_by_hand():
@@ -1508,7 +1503,7 @@ def test_text_files_are_split_and_chunked_without_gap_or_overlap(tmp_path):
             assert joined(chunks, ds.vocab) == text[a: b - (b - a) % 7]        # 90, 95, 100 %
     for draw, chunks, n in zip((ds.batch, ds.valid, ds.test), ds.splits, (5, 14, 14)):
         x, given = draw(n, gen(0))
-        assert x.dtype == torch.int64 and given is None and len(x) == n
+        assert x.dtype == torch.int64 and not given.any() and len(x) == n
         assert {*map(tuple, x.tolist())} <= {*map(tuple, chunks.tolist())}
     assert len(torch.unique(x, dim=0)) == 14                                   # each once
     assert data.show(x[:1], 6, ds.vocab) == joined(x[0], ds.vocab).replace("\n", "\\n")
@@ -1522,7 +1517,7 @@ def test_alphabets_of_text_files(tmp_path):
     refused("'c' is not among the 2 symbols of the model", load, list("ab"))
     refused("too little text", load, length=50)
     path.write_bytes(b"abc\xff")
-    refused("t.txt is not UTF-8: invalid start byte at byte 3", load)
+    refused("can't decode byte 0xff in position 3", load)
 
 
 @pytest.mark.parametrize("V", [2, 254, 255, 256, 300])
@@ -1786,7 +1781,7 @@ def test_what_is_not_finite_stops_training_and_the_last_good_checkpoint_stays(
     monkeypatch.setattr(train, "evaluate", lambda *a, **k: dict(loss=1.0, active=[1]))
     kept = fast(tmp_path, status=1)
     out = capsys.readouterr().out
-    assert f"not finite in steps 5 to 6; {tmp_path}/last.pt is from before" in out
+    assert f"not finite in steps 5 to 6; what {tmp_path} holds is from before" in out
     assert kept["step"] == 3 and all(v.isfinite().all() for v in kept["model"].values())
 
 
@@ -1990,7 +1985,7 @@ def test_steps_are_shown(user):
 
 def test_prefixes_of_arrays_are_given(user, capsys):
     fast("arr", "--dataset array --data-path tokens.npy --prefix-len 2")
-    assert "held-out samples" in capsys.readouterr().out
+    assert "this model          exact " in capsys.readouterr().out
     lines = user("sample", "--ckpt arr/last.pt --num 4").splitlines()
     held = data.load("array", data_path="tokens.npy", prefix_len=2).test(9)[0].tolist()
     prefixes = [f"{a} {b} " for a, b, *_ in held]

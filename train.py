@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,8 +29,7 @@ from tqdm import tqdm
 
 import data
 from data import count, natural, number, positive, share
-from diffusion import (active_units, default_temperature, draw_noise, not_given, objective,
-                       sample)
+from diffusion import active_units, draw_noise, objective, sample
 from model import (CHECKPOINT_VERSION, CONDITIONING, PRIOR, VMD, Config, load_checkpoint, one_line,
                    usable)
 
@@ -172,10 +172,8 @@ def build_parser(**options):
                 how |= dict(action=argparse.BooleanOptionalAction)
             elif isinstance(kind, tuple):
                 how |= dict(choices=kind, type=type(kind[0]))
-            elif isinstance(default, list):
-                how |= dict(type=kind, nargs=len(default))
             else:
-                how |= dict(type=kind)
+                how |= dict(type=kind, nargs=len(default) if isinstance(default, list) else None)
             g.add_argument("--" + name.replace("_", "-"), **how)
     return p
 
@@ -275,12 +273,9 @@ def wrap(model, a, world):
 def micro_batches(x0, given, noise, a, rank, world):
     """This process's micro-batches of a batch that every process has drawn -> list, on the device.
     """
-    parts = []
-    for j in range(a.grad_accum):
-        rows = slice(rank * a.grad_accum + j, None, world * a.grad_accum)
-        known = None if given is None else given[rows].to(a.device)
-        parts.append((x0[rows].to(a.device), known, noise[rows]))
-    return parts
+    first, stride = rank * a.grad_accum, world * a.grad_accum
+    parts = [slice(first + j, None, stride) for j in range(a.grad_accum)]
+    return [(x0[rows].to(a.device), given[rows].to(a.device), noise[rows]) for rows in parts]
 
 
 def optimise(step_fn, opt, parts, kl_weight, lr, a):
@@ -323,20 +318,19 @@ def evaluate(model, ds, a, samples=None):
     """
     g, gd = torch.Generator().manual_seed(1), torch.Generator(a.device).manual_seed(2)
     x0, given = ds.valid(min(EVAL_SEQUENCES, max(64, 2**16 // ds.seq_len)), g)
-    x0, given = x0.to(a.device), None if given is None else given.to(a.device)
+    x0, given = x0.to(a.device), given.to(a.device)
     noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, a.objective_steps, a.t_min,
                        gd, a.device)
     terms = []
     for at in torch.arange(len(x0), device=a.device).split(max(1, a.batch_size // a.grad_accum)):
-        known = None if given is None else given[at]
-        terms.append(objective(model, x0[at], noise[at], a.objective, a.kl_weight, known,
+        terms.append(objective(model, x0[at], noise[at], a.objective, a.kl_weight, given[at],
                                a.latent_dropout))
     loss, recon, kl = (torch.cat(v).mean().item() for v in zip(*terms))
     out = dict(loss=loss, recon=recon, kl=kl, active=active_units(model, x0, given=given).tolist())
     if not ds.scored:
         return out
     x0, given = ds.valid(samples or max(1, min(EVAL_SEQUENCES, ds.score_num // 5)), g)
-    start = x0.masked_fill(not_given(x0, given), ds.vocab_size)
+    start = torch.where(given, x0, ds.vocab_size)
     x = sample(model, start.to(a.device), ds.nfe, ds.remask, generator=g,
                batch_size=max(a.batch_size, 2**16 // ds.seq_len)).cpu()
     return out | {f"sampled_{k}": v for k, v in ds.metrics(x, x0, given).items()}
@@ -396,7 +390,6 @@ def setup(a, ckpt, world):
     if local:                                            # the first process of a machine downloads
         dist.barrier()
     options = {k: getattr(a, k) for k in FLAGS["data"] if k != "dataset"}
-    options = {k: v for k, v in options.items() if v is not None}
     ds = data.load(a.dataset, ckpt and ckpt["vocab"], **options)
     ds.about                                             # reads the data
     if world > 1 and not local:
@@ -446,8 +439,8 @@ def fill_bank(model, ds, a):
     S = model.bank.shape[2]
     n, g, found = S - math.ceil(S / 100), torch.Generator().manual_seed(3), []
     for first in range(0, n, 512):
-        x0, given = (v if v is None else v.to(a.device) for v in ds.batch(min(512, n - first), g))
-        xt = x0.masked_fill(not_given(x0, given), model.vocab_size)
+        x0, given = (v.to(a.device) for v in ds.batch(min(512, n - first), g))
+        xt = torch.where(given, x0, model.vocab_size)
         found.append(torch.stack(model.encode(xt, x0)).transpose(1, 2))  # (2, K, 512, Z)
     model.bank[:, :, :n] = torch.cat(found, dim=2)
 
@@ -457,10 +450,8 @@ def move_aside(out):
     old = [name for name in ("last.pt", "best.pt", "log.jsonl") if (out / name).exists()]
     if not old:
         return
-    number = 1
-    while (out / str(number)).exists():
-        number += 1
-    to = out / str(number)
+    earlier = [int(p.name) for p in out.iterdir() if p.name.isdecimal()]
+    to = out / str(max(earlier, default=0) + 1)
     to.mkdir()
     for name in old:
         (out / name).rename(to / name)
@@ -489,12 +480,6 @@ def summed(x, world):
     if world > 1:
         dist.all_reduce(x)
     return x
-
-
-def clock(seconds):
-    """Seconds -> '1 h 02 min', '3 min 04 s'."""
-    s = int(seconds)
-    return f"{s // 3600} h {s // 60 % 60:02d} min" if s >= 3600 else f"{s // 60} min {s % 60:02d} s"
 
 
 def announce(run, log):
@@ -540,16 +525,9 @@ def explain_idle_latent(a, ds):
             f"decide all others that is right; else {advice}")
 
 
-def explain_not_finite(first, last, path):
-    """What happened in steps first to last, and what of the run is left at path."""
-    kept = f"{path} is from before" if path.exists() else "nothing was saved yet"
-    return (f"the loss or its gradient is not finite in steps {first} to {last}; {kept}; try a "
-            "lower --lr or a --clip")
-
-
 def progress_line(v, steps, tokens):
     """A record of log.jsonl as a line for the terminal. steps: of the run, of so many tokens."""
-    eta = clock((steps - v["step"]) * tokens / v["tokens_per_second"])
+    eta = timedelta(seconds=(steps - v["step"]) * tokens // v["tokens_per_second"])
     return (f"step {v['step']}/{steps}  loss {v['loss']:.4f}  recon {v['recon']:.4f}  "
             f"kl {v['kl']:.3f} x {v['kl_weight']:.2g}  lr {v['lr']:.1e}  "
             f"grad {v['grad_norm']:.2f}  {v['tokens_per_second']:,.0f} tok/s  ETA {eta}")
@@ -576,10 +554,10 @@ def train(a, ckpt, rank, world):
         journal.write(json.dumps(values) + "\n")
         journal.flush()
 
-    step_fn, begin, spent, idle = wrap(model, a, world), run.step, run.seconds, False
+    step_fn, begin, idle = wrap(model, a, world), run.step, False
     bar = tqdm(total=a.steps, initial=begin, disable=rank > 0 or not sys.stderr.isatty(),
                unit="step")
-    start = since = time.time()
+    start, since = time.time() - run.seconds, time.time()
     sums, logged = torch.zeros(4, device=a.device), begin    # since the last line, and its step
     with journal, bar, stop_signals() as stop:
         if rank == 0 and ckpt and (begin % ckpt["args"]["eval_every"] == 0 or begin == a.steps):
@@ -608,10 +586,11 @@ def train(a, ckpt, rank, world):
                 continue                                 # nothing is read back from the device
             loss, recon, kl, norm = (summed(sums, world) / world / (done - logged)).tolist()
             if not math.isfinite(loss + recon + kl + norm):
-                log(explain_not_finite(logged + 1, done, out / "last.pt"))
+                log(f"the loss or its gradient is not finite in steps {logged + 1} to {done}; what "
+                    f"{out} holds is from before; try a lower --lr or a --clip")
                 return 1
             now = time.time()
-            run.seconds = spent + now - start
+            run.seconds = now - start
             if rank == 0 and saves:                      # before anything is printed
                 if a.latent_dim and a.prior == "aggregate":
                     fill_bank(run.ema or model, ds, a)
@@ -632,7 +611,7 @@ def train(a, ckpt, rank, world):
                 log(f"stopped at step {done}; --resume --out {out} goes on")
                 return 130
     if rank == 0:
-        report(run, spent + time.time() - start)
+        report(run)
     return 0
 
 
@@ -644,29 +623,23 @@ def independent(ds, n=20_000):
     return ds.metrics(torch.stack(shuffled, dim=1))
 
 
-def report(run, seconds):
+def report(run):
     """The closing lines: scores of samples; of synthetic data, beside independent tokens'."""
     a, ds, last = run.a, run.ds, Path(run.a.out) / "last.pt"
     model = (run.ema or run.model).eval()
-    print(f"trained {a.steps} steps in {clock(seconds)}; checkpoint {last}")
+    print(f"trained {a.steps} steps in {timedelta(seconds=run.seconds // 1)}; checkpoint {last}")
     if not ds.scored:
         print(f"samples: python sample.py --ckpt {last}; bounds: eval.py")
         return
     scores = evaluate(model, ds, a, ds.score_num)
-    if ds.entropy is None:
-        print(f"held-out samples, NFE {ds.nfe}, {ds.remask}, temperature "
-              f"{default_temperature(model):g}: "
-              + ", ".join(f"{k.removeprefix('sampled_')} {v:.2%}" for k, v in scores.items()
-                          if k.startswith("sampled_") and not k.endswith("_se")))
-        return
-    one = model.block_size == ds.seq_len
-    title = f"one step{'' if one else ' per block'}, {ds.score_num:,} samples"
-    print(f"{title:<38}{'accuracy':>10}{'KL (nats)':>12}")
-    print(f"{'this model' if model.latent_dim else 'this baseline':<38}"
-          f"{scores['sampled_acc']:>10.2%}{scores['sampled_kl']:>12.4f}")
-    if one:
-        best = independent(ds)
-        print(f"{'independent tokens':<38}{best['acc']:>10.2%}{best['kl']:>12.4f}")
+    rows = {"this model" if model.latent_dim else "this baseline":
+            {k.removeprefix("sampled_"): v for k, v in scores.items() if k.startswith("sampled_")}}
+    if ds.entropy is not None and model.block_size == ds.seq_len:
+        rows["independent tokens"] = independent(ds)
+    print(f"samples ({ds.score_num:,} at most), NFE {ds.nfe} per block, {ds.remask}")
+    for name, metrics in rows.items():
+        shown = [f"{k} {v:.4f}" for k, v in metrics.items() if not k.endswith("_se")]
+        print(f"{name:<20}" + "  ".join(shown))
 
 
 def script(argv):
@@ -690,9 +663,7 @@ def script(argv):
         dist.destroy_process_group()
 
 
-def main(argv=None):
-    """Returns the exit status: 2, and one line, for what a user can mend."""
-    return data.run_script("train.py", script, argv)
+main = partial(data.run_script, "train.py", script)         # argv -> exit status
 
 
 if __name__ == "__main__":
