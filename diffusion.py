@@ -19,9 +19,8 @@ It may offer
     prior_reads_z                               true if that prior depends on z^{<b}
     mixture                                     (2, K, S, Z), means and log variances of S Gaussians
                                                 whose mean is p(z^b), in place of prior; or None
-    new_cache() -> cache with push(x, z)        finished blocks, x (B, r), z (B, 1, Z) or None
-    decode_block(x, z, cache) -> (B, r, V)      decode for the block after the cached ones; else
-                                                the sampler decodes all blocks so far anew
+    new_cache(), decode_block(x, z, cache)      decode(x, x, z) of the last block, (B, r, V), with
+                                                a cache of the blocks before it; else `decode`
 The sampler calls prior, encode and decode on the blocks so far, (B, b r) ids: x0 may have masks in
 its last block for prior and decode, and the last of z is not yet drawn for prior.
 
@@ -94,12 +93,13 @@ def log_normal(z, mu, logvar):
     return -0.5 * ((z - mu) ** 2 * (-logvar).exp() + logvar + math.log(2 * math.pi)).sum(-1)
 
 
-def component(mixture, block, pick):
+def component(mixture, pick):
     """The Gaussians of a mixture (2, K, S, Z) that pick, uniform, chooses -> (2, *pick.shape, Z).
 
-    pick (B, K) with block arange(K), or (B, R) with one block number.
+    pick (B, K) or, from the mixture of one block, (B, R).
     """
-    S = mixture.shape[2]
+    K, S = mixture.shape[1:3]
+    block = torch.arange(K, device=pick.device)
     return mixture[:, block, (pick * S).long().clamp(max=S - 1)]
 
 
@@ -134,14 +134,8 @@ def not_given(x0, given):
     return torch.ones_like(x0, dtype=torch.bool) if given is None else ~given.expand(x0.shape)
 
 
-def prior_of(model, xt, x0, z, pick):
-    """Mean and log variance of what z^b is drawn from, (B, K, Z) each.
-
-    The model's Gaussian prior, N(0, I) if it has none, or the component of its mixture that pick
-    (B, K), uniform, chooses.
-    """
-    if getattr(model, "mixture", None) is not None:
-        return component(model.mixture, torch.arange(z.shape[1], device=z.device), pick)
+def prior_of(model, xt, x0, z):
+    """Mean and log variance, (B, K, Z) each, of the model's prior; N(0, I) if it has none."""
     if not hasattr(model, "prior"):
         return torch.zeros_like(z), torch.zeros_like(z)
     return model.prior(xt, x0, z)
@@ -157,14 +151,14 @@ def draw_latent(model, xt, x0, eps, pick, active, closed_form=True):
     """
     if not model.latent_dim:
         return None, torch.zeros(active.shape, device=active.device)
+    K, mixture = eps.shape[1], getattr(model, "mixture", None)
     encoded = model.encode(xt, x0)
     z = encoded[0] + (0.5 * encoded[1]).exp() * eps
     chain = getattr(model, "prior_reads_z", False) and not active.all()
-    for _ in range(eps.shape[1] if chain else 1):        # later priors read what earlier ones drew
-        p = prior_of(model, xt, x0, z, pick)
+    for _ in range(K if chain else 1):                   # later priors read what earlier ones drew
+        p = prior_of(model, xt, x0, z) if mixture is None else component(mixture[:, :K], pick)
         q = tuple(torch.where(active[..., None], a, b) for a, b in zip(encoded, p))
         z = q[0] + (0.5 * q[1]).exp() * eps
-    mixture = getattr(model, "mixture", None)
     if closed_form and mixture is None:
         return z, gaussian_kl(*q, *p)
     log_p = log_normal(z, *p) if mixture is None else log_mixture(z, mixture)
@@ -210,10 +204,8 @@ def objective(model, x0, noise=None, kind="vmd", kl_weight=1.0, given=None, drop
         t = torch.where(keep, 1.0, t)
     maskable = not_given(x0, given)
     masked = (noise.u < t.repeat_interleave(r, 1)) & maskable            # (B, L)
-    hidden = masked if kind == "vmd" else maskable       # what the encoder sees as masked
-    if full_mask_share and kind == "vmd":
-        whole = noise.row < full_mask_share
-        hidden = torch.where(whole[:, None], maskable, masked)
+    whole = noise.row < (full_mask_share if kind == "vmd" else 1)        # (B,)
+    hidden = torch.where(whole[:, None], maskable, masked)       # what the encoder sees as masked
     active = hidden.view(B, -1, r).any(-1)               # (B, K)
     z, kl = draw_latent(model, x0.masked_fill(hidden, V), x0, noise.eps, noise.pick, active)
     xt = x0.masked_fill(masked, V)
@@ -266,8 +258,7 @@ def active_units(model, x0, threshold=0.01, given=None, batch_size=1000):
     added = []
     for part in zip(xt.split(batch_size), x0.split(batch_size)):
         mu = model.encode(*part)[0]
-        prior = torch.zeros_like(mu) if not hasattr(model, "prior") else model.prior(*part, mu)[0]
-        added.append(mu - prior)                         # (n, K, Z)
+        added.append(mu - prior_of(model, *part, mu)[0])         # (n, K, Z)
     return (torch.cat(added).var(dim=0, correction=0) > threshold).sum(-1)
 
 
@@ -285,14 +276,12 @@ def draw_tokens(logits, temperature, u):
     """Tokens from softmax(logits / temperature) by inverse CDF in float64; argmax at temperature 0.
 
     logits (B, r, V), u (B, r) uniform, float64 -> (B, r) ids. float32 would lower the effective
-    temperature (Zheng et al. 2025). A device without float64 (Apple's mps) leaves this to the CPU.
+    temperature (Zheng et al. 2025). This happens on the device of u, see `sampler_noise`.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    home = logits.device
-    work = torch.device("cpu") if home.type == "mps" else home
-    logits, u = logits.to(work), u.to(work)
-    logits = logits.double() - logits.amax(-1, keepdim=True)     # no overflow however cold
+    home, logits = logits.device, logits.to(u.device).double()
+    logits = logits - logits.amax(-1, keepdim=True)      # no overflow however cold
     cdf = (logits / temperature).softmax(-1).cumsum(-1)
     u = (u * cdf[..., -1])[..., None]
     tokens = torch.searchsorted(cdf, u, right=True)[..., 0]
@@ -332,17 +321,16 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     if not 1 <= nfe <= 10**6 or not 0 <= temperature < math.inf:
         raise ValueError(f"nfe {nfe} must lie in 1..10^6, temperature {temperature} be at least 0")
     (B, L), r, Z = x.shape, model.block_size, 0 if latent == "none" else model.latent_dim
-    K, longest = L // r, getattr(model, "seq_len", L)
     if L % r:
         raise ValueError(f"length {L} is no multiple of the block size {r}")
-    longest = longest // r * r
-    if L > longest and longest < 2 * r:
-        raise ValueError(f"length {L} is beyond the {longest} tokens that the model was made for, "
+    K, size = L // r, getattr(model, "seq_len", L) // r  # blocks in all, of a window,
+    keep = size // 2                                     # kept by the next window
+    if K > size and not keep:
+        raise ValueError(f"length {L} is beyond the {size * r} tokens that the model was made for, "
                          "and with one block there is nothing to go on from")
     draws = 1 if latent in ("fixed", "none") else nfe    # latents of a block, one after the other
     # a stream of its own for `choose_z`: the rest is the same for every R
     second = torch.Generator().manual_seed(torch.randint(2**62, (), generator=generator).item())
-    size, keep = longest // r, longest // r // 2         # blocks of a window; kept by the next one
     out = []
     for part in x.split(batch_size or B):
         part = part.clone()
@@ -381,13 +369,13 @@ def draw_z(model, x, zs, eps, pick, guess=None):
     x, guess (B, b r) ids of blocks 1..b; zs (B, b - 1, Z) earlier latents; eps (B, R, Z), pick
     (B, R) noise.
     """
-    if guess is None and getattr(model, "mixture", None) is not None:
-        mu, logvar = component(model.mixture, zs.shape[1], pick)
-    elif guess is None:                                  # eps: a prior of z^b does not read z^b
-        mu, logvar = prior_of(model, x, x, torch.cat([zs, eps[:, :1]], dim=1), None)
-        mu, logvar = mu[:, -1:], logvar[:, -1:]
-    else:
+    if guess is not None:
         mu, logvar = (v[:, -1:] for v in model.encode(x, guess))
+    elif getattr(model, "mixture", None) is not None:
+        mu, logvar = component(model.mixture[:, zs.shape[1], None], pick)
+    else:                                                # eps: a prior of z^b does not read z^b
+        p = prior_of(model, x, x, torch.cat([zs, eps[:, :1]], dim=1))
+        mu, logvar = (v[:, -1:] for v in p)
     return mu + (0.5 * logvar).exp() * eps
 
 
@@ -429,28 +417,30 @@ def _sample(model, x, noise, rivals, nfe, remask, temperature, latent, on_step):
     eps, picks, u, order = noise
     rival_eps, rival_picks, _, choice = rivals
     cache = model.new_cache() if hasattr(model, "decode_block") else None
-    zs, z = eps[:, :0, 0], None                          # zs: (B, b, Z), of finished blocks
+    zs = eps[:, :0, 0] if eps.shape[-1] else None        # (B, b, Z), of the blocks so far
     counts = (x == V).view(len(x), -1, r).sum(-1).T.tolist()     # R = 1: all that is read back
     for b, masks in enumerate(counts):                   # masks: M of each row
         at, guess = slice(b * r, (b + 1) * r), None
         block, so_far = x[:, at], x[:, : (b + 1) * r]    # views: x is filled in place
         M = (block == V).sum(1)
-        if eps.shape[-1]:
+        if zs is not None:
             z = draw_z(model, so_far, zs, eps[:, b, :1], picks[:, b, :1])
-        if z is not None and rival_eps.shape[2]:         # R > 1
-            z = choose_z(model, so_far, zs, z, rival_eps[:, b], rival_picks[:, b], choice[:, b])
+            if rival_eps.shape[2]:                       # R > 1
+                z = choose_z(model, so_far, zs, z, rival_eps[:, b], rival_picks[:, b], choice[:, b])
+            zs = torch.cat([zs, z], dim=1)
         for i, n in enumerate(range(nfe, 0, -1)):
             if not any(revealed(m, n, nfe) for m in set(masks)):
                 continue
             masked, due = block == V, revealed(M, n, nfe)
-            if i and z is not None and latent != "fixed":
-                new = draw_z(model, so_far, zs, eps[:, b, i, None], picks[:, b, i, None], guess)
+            if i and zs is not None and latent != "fixed":
+                before, z = zs[:, :b], zs[:, b:]
+                new = draw_z(model, so_far, before, eps[:, b, i, None], picks[:, b, i, None], guess)
                 z = torch.where(due[:, None, None] > 0, new, z)          # others keep theirs
+                zs = torch.cat([before, z], dim=1)
             if cache is not None:
-                logits = model.decode_block(block, z, cache)             # (B, r, V)
+                logits = model.decode_block(so_far, zs, cache)           # (B, r, V)
             else:
-                latents = None if z is None else torch.cat([zs, z], dim=1)
-                logits = model.decode(so_far, so_far, latents)[:, at]
+                logits = model.decode(so_far, so_far, zs)[:, at]
             score = order[:, b]
             if remask != "random":
                 score = confidence(logits.softmax(-1), remask)
@@ -461,10 +451,5 @@ def _sample(model, x, noise, rivals, nfe, remask, temperature, latent, on_step):
             if on_step:
                 on_step()
             if latent == "encoder":                      # x_0-hat
-                filled = so_far.clone()
-                filled[:, at] = torch.where(block == V, logits.argmax(-1), block)
-                guess = filled if guess is None else torch.where(due[:, None] > 0, filled, guess)
-        if cache is not None:
-            cache.push(block.clone(), z)
-        if z is not None:
-            zs = torch.cat([zs, z], dim=1)
+                guess = so_far.clone()
+                guess[:, at] = torch.where(block == V, logits.argmax(-1), block)

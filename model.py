@@ -58,18 +58,14 @@ class Config:
     places: list | None = None
 
     def __post_init__(self):
-        # without a latent there is no encoder
-        least = dict(latent_dim=0, prefix_len=0, encoder_layers=1 if self.latent_dim else 0)
         for f in fields(self):
-            value, low = getattr(self, f.name), least.get(f.name, 1)
+            value, low = getattr(self, f.name), 0 if f.name in ("latent_dim", "prefix_len") else 1
             if f.type is int and not low <= value <= 10**6:
                 raise ValueError(f"{f.name} must lie in {low}..10^6, not {value}")
         if self.seq_len % self.block_size:
             raise ValueError(f"block_size {self.block_size} does not divide length {self.seq_len}")
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} is no multiple of 2 x heads = {2 * self.heads}")
-        if self.prefix_len >= self.seq_len:
-            raise ValueError(f"prefix_len {self.prefix_len} leaves none of {self.seq_len} tokens")
         if self.places and len(self.places) != self.block_size:
             raise ValueError(f"places has {len(self.places)} lists, not {self.block_size}")
         known = dict(conditioning=CONDITIONING, pooling=POOLING, prior=PRIOR)
@@ -146,7 +142,6 @@ class Stack(nn.Module):
 
     def __init__(self, layers, D, H, r, places, loops=1):
         super().__init__()
-        self.loops = loops
         self.depth = layers * loops                      # layers run in a pass
         numbers = torch.tensor(places or [[i] for i in range(r)])        # (r, numbers of a place)
         self.register_buffer("numbers", numbers, persistent=False)
@@ -157,23 +152,22 @@ class Stack(nn.Module):
         """h (B, S, r, D), block (S,) their numbers -> states after each loop, each (B, S', r, D).
 
         S': blocks that the last attend answers for. attends: a function for each layer of each
-        loop, see `Layer`; mods: a tensor for each layer, the same in every loop, None: zeros. From
-        the second loop on the input is added again (Bansal et al. 2022, Yang et al. 2023).
+        loop, see `Layer`; mods: a tensor for each layer, or one for all; None: zeros. From the
+        second loop on the input is added again (Bansal et al. 2022, Yang et al. 2023).
         """
         r, D = h.shape[2:]
         place = self.place(self.numbers).sum(1) / self.numbers.shape[1] ** 0.5   # variance of one
         h = start = h + place
         token = torch.arange(r, device=h.device)
         rope = rotary((block[:, None] * r + token).flatten(), D // self.layers[0].heads)
+        mods = mods or [h.new_zeros(1, 1, 1, 1, 1)]
         layers = len(self.layers)
-        if mods is None:
-            mods = [h.new_zeros(1, 1, 1, 1, 1)] * layers
         states = []
         for i, attend in enumerate(attends):
             if i > 0 and i % layers == 0:                # another loop
                 states.append(h)
                 h = h + start
-            h = self.layers[i % layers](h, mods[i % layers], rope, attend)
+            h = self.layers[i % layers](h, mods[i % len(mods)], rope, attend)
         states.append(h)
         return [state[:, -h.shape[1] :] for state in states]     # the last attend leaves S'
 
@@ -190,35 +184,28 @@ def two_streams(K, r, depth, device):
         return block, [F.scaled_dot_product_attention] * depth
     of = block.repeat_interleave(r)                      # the block of each token
     clean_len, size = (K - 1) * r, max(1, CHUNK // r) * r
-    clean, noisy = [], []                                # chunks of whole blocks: first, end, mask
+    # chunks of whole blocks, each: where its queries are, where its keys, who sees whom
+    clean, noisy = [], []
     for first in range(0, K * r, size):
         end = min(first + size, K * r)
-        query = of[first:end, None]
-        clean_before = of[: end - r] < query
-        own_block = of[first:end] == query
-        noisy.append((first, end, torch.cat([clean_before, own_block], dim=1)))
-        if first < clean_len:
-            end = min(end, clean_len)
+        own = slice(clean_len + first, clean_len + end)
+        clean_before = of[: end - r] < of[first:end, None]
+        own_block = of[first:end] == of[first:end, None]
+        noisy.append((own, [slice(end - r), own], torch.cat([clean_before, own_block], dim=1)))
+        end = min(end, clean_len)
+        if first < end:
             clean_upto = of[:end] <= of[first:end, None]
-            clean.append((first, end, clean_upto))
+            clean.append((slice(first, end), [slice(end)], clean_upto))
 
-    def noisy_only(q, k, v):
+    def attend(chunks, q, k, v):
         y = []
-        for first, end, mask in noisy:
-            own = slice(clean_len + first, clean_len + end)
-            keys = torch.cat([k[:, :, : end - r], k[:, :, own]], dim=2)
-            values = torch.cat([v[:, :, : end - r], v[:, :, own]], dim=2)
-            y.append(F.scaled_dot_product_attention(q[:, :, own], keys, values, mask))
+        for queries, parts, mask in chunks:
+            keys, values = (torch.cat([u[:, :, at] for at in parts], dim=2) for u in (k, v))
+            y.append(F.scaled_dot_product_attention(q[:, :, queries], keys, values, mask))
         return torch.cat(y, dim=2)
 
-    def clean_and_noisy(q, k, v):
-        y = []
-        for first, end, mask in clean:
-            y.append(F.scaled_dot_product_attention(q[:, :, first:end], k[:, :, :end],
-                                                    v[:, :, :end], mask))
-        return torch.cat([*y, noisy_only(q, k, v)], dim=2)
-
-    return torch.cat([block[:-1], block]), [clean_and_noisy] * (depth - 1) + [noisy_only]
+    attends = [partial(attend, clean + noisy)] * (depth - 1) + [partial(attend, noisy)]
+    return torch.cat([block[:-1], block]), attends
 
 
 class Cache:
@@ -227,12 +214,7 @@ class Cache:
     def __init__(self):
         self.kv = None                                   # (depth, 2, B, H, L, d), filled up to
         self.blocks = 0                                  # this many blocks
-        self.pending = []                                # (x, z) of blocks to add at the next call
-        self.condition = None, None                      # the latest z and its conditioning
-
-    def push(self, x, z):
-        """x (B, r) clean ids of the next block, z (B, 1, Z) or None."""
-        self.pending.append((x, z))
+        self.z, self.conditions = None, []               # the latest z; conditioning of its blocks
 
     def attends(self, S, r):
         """S new blocks, the last one noisy, each see the cached ones and the new up to themselves.
@@ -348,6 +330,8 @@ class Conditioner(nn.Module):
 class VMD(nn.Module):
     """Decoder, encoder, prior and latent pathway; see the module's docstring."""
 
+    new_cache = Cache  # an empty one, for decode_block
+
     def __init__(self, config):
         super().__init__()
         c = self.config = config
@@ -423,52 +407,40 @@ class VMD(nn.Module):
 
     @torch.no_grad()
     def decode_block(self, x, z, cache):
-        """Sampling form, the block after the cached ones -> logits (B, r, V) float32.
+        """Sampling form, decode(x, x, z) of the last block -> logits (B, r, V) float32.
 
-        x (B, r) ids, z (B, 1, Z) or None. Blocks pushed to the cache since the last call run in
-        this same pass, each with its own latent. Raises ValueError beyond the config's length L.
+        x (B, b r) ids, z (B, b, Z) or None; of finished blocks both stay as they are. Those that
+        the cache lacks run in this same pass. Raises ValueError beyond the config's length L.
         """
-        xs, zs = [p[0] for p in cache.pending] + [x], [p[1] for p in cache.pending] + [z]
-        S, c = len(xs), self.config
-        if (cache.blocks + S) * c.block_size > c.seq_len:
-            raise ValueError(f"block {cache.blocks + S} of {c.block_size} tokens is beyond the "
-                             f"length {c.seq_len} that the model was made for")
+        x, c = self.blocks(x), self.config                       # (B, b, r)
+        b, S = x.shape[1], x.shape[1] - cache.blocks
+        if b * c.block_size > c.seq_len:
+            raise ValueError(f"block {b} of {c.block_size} tokens is beyond the length "
+                             f"{c.seq_len} that the model was made for")
         if cache.kv is None:
             shape = (self.stack.depth, 2, len(x), c.heads, c.seq_len, c.width // c.heads)
             cache.kv = self.embed.weight.new_empty(shape)
-        condition = None
-        if z is not None:
-            condition = torch.cat([self.condition_of(u, cache) for u in zs], dim=1)
-        block = torch.arange(cache.blocks, cache.blocks + S, device=x.device)
+        if z is not None and z is not cache.z:           # only the last block's may have changed
+            known = cache.conditions[: b - 1]
+            new = z[:, len(known) :].split(1, dim=1)
+            cache.z, cache.conditions = z, known + [self.conditioner(u) for u in new]
+        condition = None if z is None else torch.cat(cache.conditions[-S:], dim=1)
+        block = torch.arange(cache.blocks, b, device=x.device)
         attends = cache.attends(S, c.block_size)
-        logits = self.logits(torch.stack(xs, dim=1), condition, block, attends)
-        cache.blocks, cache.pending = cache.blocks + S - 1, []
+        logits = self.logits(x[:, -S:], condition, block, attends)
+        cache.blocks = b - 1
         return logits[:, 0]
-
-    def condition_of(self, z, cache):
-        """The conditioner's output; that of the latest z is kept, which each step asks for again,
-        and the step after its block is finished."""
-        if z is not cache.condition[0]:
-            cache.condition = z, self.conditioner(z)
-        return cache.condition[1]
-
-    def new_cache(self):
-        """An empty Cache for decode_block."""
-        return Cache()
 
     def logits(self, x, condition, block, attends, every_loop=False):
         """x (B, S, r) ids, condition (B, S, ...) of the Conditioner or None -> (B, S', r, V).
 
         every_loop: (loops, B, S', r, V), after each.
         """
-        c = self.config
         h, mods = self.embed(x), None                            # (B, S, r, D)
         if condition is not None and self.conditioner.kind == "add":
             h = h + condition[:, :, None]
         elif condition is not None:
             mods = condition[:, :, None].unbind(3)               # each (B, S, 1, 6, D)
-            if self.conditioner.kind == "shared":
-                mods = mods * c.layers
         states = self.stack(h, block, attends, mods)             # each (B, S', r, D)
         h = torch.stack(states) if every_loop else states[-1]
         return self.head(norm(self.norm, h)).float()

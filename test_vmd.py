@@ -148,16 +148,14 @@ def normal(mu, logvar):
 
 
 def spied(model):
-    """Of each cache that the model will make the blocks (x, z) that it is shown, growing lists."""
-    caches = []
+    """Of each cache that the model will make the latest z that it is shown with."""
+    latest, plain = {}, model.decode_block
 
-    def new_cache():
-        cache, blocks = Cache(), []
-        caches.append(blocks)
-        push, cache.push = cache.push, lambda x, z: blocks.append((x, z)) or push(x, z)
-        return cache
-    model.new_cache = new_cache
-    return caches
+    def decode_block(x, z, cache):
+        latest[cache] = z
+        return plain(x, z, cache)
+    model.decode_block = decode_block
+    return latest
 
 
 def refused(why, call, *args, **kw):
@@ -199,16 +197,20 @@ def test_cached_logits_equal_uncached_ones(conditioning, loops, r, Z):
     x0, z = torch.randint(V, (5, L)), torch.randn(5, L // r, Z) if Z else None
     xt = torch.where(torch.rand(5, L) < 0.5, V, x0)
     full = m.decode(xt, x0, z)
-    for skip in (1, 2):        # blocks pushed one at a time, or by twos
+    for skip in (1, 2):        # blocks finished one at a time, or by twos
         cache = m.new_cache()
-        for b in range(L // r):
-            at, zb = slice(b * r, (b + 1) * r), z[:, b: b + 1] if Z else None
-            if b % skip == skip - 1:
-                for _ in range(2):        # a second pass finds nothing pending
-                    logits = m.decode_block(xt[:, at], zb, cache)
-                    assert_close(logits, full[:, at], atol=1e-5, rtol=0)
-            cache.push(x0[:, at], zb)
-        refused("beyond the length 8", m.decode_block, xt[:, at], zb, cache)
+        for b in range(skip - 1, L // r, skip):
+            at, x = slice(b * r, (b + 1) * r), torch.cat([x0[:, : b * r], xt[:, b * r:]], dim=1)
+            zb = z[:, : b + 1].clone() if Z else None
+            for _ in range(2):        # a second pass adds nothing
+                logits = m.decode_block(x[:, : (b + 1) * r], zb, cache)
+                assert_close(logits, full[:, at], atol=1e-5, rtol=0)
+            if Z:                     # the last latent may be another one
+                other = torch.cat([zb[:, :-1], zb[:, -1:] + 1], dim=1)
+                moved = m.decode_block(x[:, : (b + 1) * r], other, cache)
+                assert (moved - logits).abs().max() > 1e-3
+                m.decode_block(x[:, : (b + 1) * r], zb, cache)   # the one that stays
+        refused("beyond the length 8", m.decode_block, torch.cat([x, x], dim=1), z, cache)
 
 
 def one_sequence(m, xt, x0, z):
@@ -578,7 +580,7 @@ def test_a_resampled_latent_is_drawn_from_the_prior_given_x_t_and_the_last_earli
     seen, caches, plain = [], spied(m), m.prior
     m.prior = lambda xt, x0, z: seen.append((xt.clone(), z.clone())) or plain(xt, x0, z)
     diffusion.sample(m, torch.full((1, 4), 3), 2, latent="resample")
-    first = caches[0][0][1]                              # z of the first block
+    first = caches.popitem()[1][:, :1]                   # z of the first block
     assert [(x == 3).sum().item() for x, _ in seen] == [2, 1, 2, 1]
     assert all((z[:, :1] == first).all() for _, z in seen[2:])
     assert not (seen[0][1] == first).all() and first.shape == (1, 1, 3)
@@ -596,7 +598,7 @@ def test_the_aggregate_prior_is_the_mixture_of_its_bank():
     assert_close(diffusion.log_mixture(z, m.mixture), mixture.log_prob(z))
     zs, drawn = [], diffusion.draw_latent(m, masks, masks * 0, torch.randn(20_000, 3, 2),
                                           torch.rand(20_000, 3), torch.zeros(20_000, 3) > 0)[0]
-    m.decode_block = lambda x, z, cache: zs.append(z) or torch.zeros(len(x), 2, 3)
+    m.decode_block = lambda x, z, cache: zs.append(z[:, -1:]) or torch.zeros(len(x), 2, 3)
     diffusion.sample(m, masks, generator=gen(0))
     for z in (drawn, torch.cat(zs, dim=1)):              # drawn from it
         assert_close(z.mean(0), mixture.mean, atol=0.05, rtol=0)
@@ -787,8 +789,9 @@ class Recorder:
         return Cache()
 
     def decode_block(self, x, z, cache):
-        logits = torch.randn(*x.shape, 5, generator=self.g)
-        self.calls.append((x.clone(), z.clone(), len(cache.pending), logits))
+        before, block = x.clone().split([x.shape[1] - self.block_size, self.block_size], dim=1)
+        logits = torch.randn(*block.shape, 5, generator=self.g)
+        self.calls.append((block, z[:, -1:], (before, z[:, :-1]), logits))
         return logits
 
 
@@ -799,15 +802,13 @@ def test_sampler_reveals_floor_counts_in_exactly_n_evaluations(remask, latent):
     x, M = torch.randint(V, (6, L), generator=gen(1)), torch.tensor([7, 6, 5, 3, 1, 0])
     hidden = (r - 1 - torch.arange(r) < M[:, None]).repeat(1, 2)       # the last M of each block
     model = Recorder(r)
-    caches = spied(model)
     out = diffusion.sample(model, torch.where(hidden, V, x), N, remask, 1.0, latent)
     assert len(model.calls) == 2 * N        # N per block, two blocks
     for i, (xt, *_) in enumerate(model.calls):        # before step n, floor(M n / N) are masked
         assert ((xt == V).sum(1) == M * (N - i % N) // N).all()
     assert (out[~hidden] == x[~hidden]).all() and (out < V).all()
-    for b, (block, z) in enumerate(caches[0]):        # cached with the z that wrote them
-        assert (block == out[:, b * r: (b + 1) * r]).all()
-        assert (z == model.calls[b * N + N - 1][1]).all()
+    for _, _, (before, z), _ in model.calls[N:]:        # the first block, with the z that wrote it
+        assert (before == out[:, :r]).all() and (z == model.calls[N - 1][1]).all()
     for (_, z, _, _), (xt, new, _, _) in zip(model.calls[:N - 1], model.calls[1:N]):
         open_rows = (xt == V).any(1)        # the others keep the z that wrote them
         assert (new[~open_rows] == z[~open_rows]).all()
@@ -847,8 +848,8 @@ def test_the_sampler_reveals_the_most_confident_positions_first(remask):
 def test_blocks_with_nothing_to_fill_cost_nothing_and_are_cached():
     model, x = Recorder(2), torch.tensor([[1, 2, 3, 4, 5, 0]])
     diffusion.sample(model, x, nfe=3)
-    # two given blocks wait in the cache; of three steps only the first has something to unmask
-    assert [c[2] for c in model.calls] == [2]
+    # two blocks are given; of three steps only the first has something to unmask
+    assert [before.tolist() for _, _, (before, _), _ in model.calls] == [[[1, 2, 3, 4]]]
     for nfe in (3, 100):
         model.calls.clear()
         diffusion.sample(model, torch.full((9, 6), 5), nfe)
@@ -941,8 +942,8 @@ def test_longer_sequences_are_written_window_by_window(Z):
             again = diffusion.sample(m, window, 2, temperature=0.0)
             assert (again == long[:, first : first + 8]).all()
     else:                                                           # given blocks keep their z
-        for old, new in zip(caches[:3], caches[1:4]):
-            assert all((a == b).all() for (_, a), (_, b) in zip(old[2:], new[:2]))
+        for old, new in itertools.pairwise([*caches.values()][:4]):
+            assert (old[:, 2:] == new[:, :2]).all()
     refused("with one block", diffusion.sample, tiny(8, 8, Z, V=5), masks[:, :16])
 
 
@@ -963,7 +964,7 @@ def test_a_device_without_float64_makes_no_float64_tensor(monkeypatch):
         return self.as_subclass(OnMps if device.type == "mps" else torch.Tensor)
     monkeypatch.setattr(torch.Tensor, "to", to)
     model = Recorder(2)
-    model.decode_block = lambda x, z, cache: torch.randn(*x.shape, 5).as_subclass(OnMps)
+    model.decode_block = lambda x, z, cache: torch.randn(len(x), 2, 5).as_subclass(OnMps)
     for remask in diffusion.REMASK:
         x = diffusion.sample(model, torch.full((9, 4), 5).as_subclass(OnMps), 2, remask, 1.0)
         assert isinstance(x, OnMps) and (x < 5).all()
