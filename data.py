@@ -13,12 +13,9 @@ Every dataset has
     places              L lists of numbers, what a position has in common with others (its row), or
                         None
     entropy             of a sequence, nats, or None where it is not known
-    nfe, remask, temperature, score_num, bound_num
-                        how it is scored if nothing else is asked for; temperature None: the
-                        sampler's own; samples to score, sequences for likelihood bounds
     scored              whether its metrics are worth watching during training
-    batch, valid, test  (n, generator) -> x0 (n, L) ids, given (n, L) bool: tokens that are never
-                        masked; for training, for choosing between models, for reporting
+    batch               (n, generator, split) -> x0 (n, L) ids, given (n, L) bool: tokens that are
+                        never masked; split: train, valid (to choose a model by), test (to report)
     metrics             (x, x0, given) -> scores of samples x drawn for test sequences x0
 At the end stands what the three scripts share. Imports nothing of this project: copy it.
 """
@@ -44,7 +41,8 @@ import torch
 from tqdm import tqdm
 
 SYNTHETIC = ("pairs", "pairs_nonuniform", "pairs_strength", "d1", "d2", "needle")
-DATASETS = SYNTHETIC + ("sudoku", "text8", "lm1b", "text", "array")
+TEXT = ("text8", "lm1b", "text")
+DATASETS = SYNTHETIC + ("sudoku", *TEXT, "array")
 OPTIONS = {  # what `load` takes, by dataset
     "pairs_strength": ("strength",),
     "needle": ("length",),
@@ -54,11 +52,20 @@ OPTIONS = {  # what `load` takes, by dataset
     "text": ("length", "data_path", "alphabet"),
     "array": ("data_path", "vocab_size", "prefix_len"),
 }
+# How each is scored if nothing else is asked for: evaluations per block, order and temperature of
+# unmasking (None: the sampler's own), samples to score, test sequences for likelihood bounds
+SCORING = dict.fromkeys(SYNTHETIC, dict(
+    nfe=1, remask="prob", temperature=None, num=20_000, bound_num=20_000)) | {
+    "array": dict(nfe=1, remask="prob", temperature=None, num=1000, bound_num=20_000),
+    "sudoku": dict(nfe=10, remask="margin", temperature=None, num=1000, bound_num=2000),
+} | dict.fromkeys(TEXT, dict(nfe=4, remask="random", temperature=1.0, num=256, bound_num=2000))
 KL_FLOOR = 1e-12  # least generated probability; the paper's 25.3 is log(0.1 / 1e-12)
 
 
-def distinct(have, n, generator=None):
-    """n different numbers below `have` in random order, or all if there are fewer."""
+def pick(have, n, split, generator=None):
+    """n numbers below `have`: to train on drawn with replacement, else different ones, or all."""
+    if split == "train":
+        return torch.randint(have, (n,), generator=generator)
     return torch.randperm(have, generator=generator)[:n]
 
 
@@ -78,11 +85,8 @@ class Synthetic:
     """
 
     vocab_size = 10
-    vocab = temperature = places = None
+    vocab = places = None
     prefix_len = 0
-    nfe = 1
-    remask = "prob"
-    score_num = bound_num = 20_000
     scored = True
 
     def __init__(self, name, table, probs=None):
@@ -97,15 +101,13 @@ class Synthetic:
         self.entropy = free * math.log(self.vocab_size) - float(plogp)
         self.about = f"entropy {self.entropy:.4f} nats"
 
-    def batch(self, n, generator=None):
+    def batch(self, n, generator=None, split=None):
         """n fresh sequences -> x0 (n, L) int64, given (n, L) bool: nothing is."""
         x = self.table[torch.multinomial(self.probs, n, replacement=True, generator=generator)]
         if not self.fixed.all():
             noise = torch.randint(self.vocab_size, x.shape, generator=generator)
             x = torch.where(x < 0, noise, x)
         return x, torch.zeros_like(x, dtype=torch.bool)
-
-    valid = test = batch  # every draw is unseen data of the same distribution
 
     def metrics(self, x, x0=None, given=None):
         """Samples x (n, L) -> {"acc": share that matches a row, "kl": KL over rows, nats}."""
@@ -150,57 +152,69 @@ def synthetic(name, strength=1.0, length=20):
     return Synthetic(name, table, torch.where(successor, strength, (1 - strength) / (V - 1)) / V)
 
 
-class Array:
-    """The rows of an integer .npy array (N, L), of which the first prefix_len tokens are given.
+class Rows:
+    """Sequences that are the rows of arrays of ids: an array of yours, or a text cut into chunks.
 
-    One row in ten, at least two, is held out for testing, by a fixed permutation. V is the largest
-    id plus one unless vocab_size says more. Raises FileNotFoundError, ValueError.
+    splits: arrays (N, L) by name: train, valid, test. vocab: names of the ids, if they have any.
+    prefix_len: that many tokens at the start are given. ends: two ids around every row.
     """
 
-    name = "array"
-    vocab = entropy = temperature = places = None
-    nfe = 1
-    remask = "prob"
-    score_num = 1000
-    bound_num = 20_000
+    entropy = places = None
 
-    def __init__(self, data_path, vocab_size=None, prefix_len=0):
-        x = load_array(data_path)
-        N, L = x.shape
-        if N < 3 or L < 1:
-            raise ValueError(f"{data_path} must hold at least three rows of one token, not {N, L}")
-        if not 0 <= prefix_len < L:
-            raise ValueError(f"the prefix length must lie in 0..{L - 1}, not {prefix_len}")
-        V = int(x.max()) + 1 if vocab_size is None else vocab_size
-        if x.min() < 0 or x.max() >= V:
-            raise ValueError(f"{data_path} has ids {x.min()}..{x.max()}, not all in 0..{V - 1}")
-        self.vocab_size, self.seq_len, self.prefix_len = V, L, prefix_len
-        self.scored = prefix_len > 0                     # else the true distribution is not known
-        order, held = np.random.default_rng(0).permutation(N), max(2, N // 10)
-        self.x, self.test_rows, self.train_rows = x, order[:held], order[held:]
-        self.about = f"{N - held:,} training and {held:,} test sequences"
+    def __init__(self, name, splits, vocab_size, vocab=None, prefix_len=0, ends=()):
+        self.name, self.splits, self.ends = name, splits, ends
+        self.vocab_size, self.vocab, self.prefix_len = vocab_size, vocab, prefix_len
+        self.seq_len = splits["train"].shape[1] + len(ends)
+        self.scored = prefix_len > 0                     # else there is no right answer
+        self.about = f"{len(splits['train']):,} training, {len(splits['test']):,} test sequences"
 
-    def rows(self, at):
-        """Rows by number -> x0 (n, L) int64, given (n, L) bool."""
-        x0 = torch.from_numpy(self.x[at].astype(np.int64))
-        return x0, (torch.arange(self.seq_len) < self.prefix_len).repeat(len(x0), 1)
-
-    def batch(self, n, generator=None):
-        """n training rows drawn with replacement -> x0, given, as `rows`."""
-        at = torch.randint(len(self.train_rows), (n,), generator=generator)
-        return self.rows(self.train_rows[at.numpy()])
-
-    def test(self, n, generator=None):
-        """n different held-out rows, or all if there are fewer -> x0, given, as `rows`."""
-        return self.rows(self.test_rows[distinct(len(self.test_rows), n, generator).numpy()])
-
-    valid = test  # best.pt is chosen on these: report last.pt
+    def batch(self, n, generator=None, split="train"):
+        """n rows, of train with replacement, else different ones -> x0, given, each (n, L)."""
+        rows = self.splits[split]
+        at = pick(len(rows), n, split, generator).numpy()
+        x = torch.from_numpy(rows[at].astype(np.int64))
+        if self.ends:
+            first, last = (torch.full_like(x[:, :1], i) for i in self.ends)
+            x = torch.cat([first, x, last], dim=1)
+        return x, (torch.arange(self.seq_len) < self.prefix_len).repeat(len(x), 1)
 
     def metrics(self, x, x0=None, given=None):
-        """exact: share of rows that are right behind the prefix, exact_se its standard error."""
-        if self.prefix_len == 0:
+        """Scores of samples x (n, L).
+
+        With a prefix exact: share of rows that are right behind it, exact_se its standard error.
+        Of texts entropy: of a sample's unigrams, nats, mean and deviation (Table 5); distinct4: of
+        all 4-grams of tokens, the share that are different.
+        """
+        if self.prefix_len:
+            return mean_and_error(exact=(x == x0)[:, self.prefix_len:].all(1))
+        if self.vocab is None:
             return {}
-        return mean_and_error(exact=(x == x0)[:, self.prefix_len:].all(1))
+        p = torch.stack([torch.bincount(row, minlength=self.vocab_size) for row in x]) / x.shape[1]
+        entropy = -torch.special.xlogy(p, p).sum(1)
+        grams = x.unfold(1, min(4, x.shape[1]), 1).flatten(0, 1)
+        return dict(entropy=entropy.mean().item(), entropy_sd=entropy.std(correction=0).item(),
+                    distinct4=len(torch.unique(grams, dim=0)) / len(grams))
+
+
+def array_rows(data_path, vocab_size=None, prefix_len=0):
+    """The rows of an integer .npy array (N, L), of which the first prefix_len tokens are given.
+
+    One row in ten, at least two, is held out for testing, by a fixed permutation; best.pt is chosen
+    on the same rows: report last.pt. V is the largest id plus one unless vocab_size says more.
+    Raises FileNotFoundError, ValueError.
+    """
+    x = load_array(data_path)
+    N, L = x.shape
+    if N < 3 or L < 1:
+        raise ValueError(f"{data_path} must hold at least three rows of one token, not {N, L}")
+    if not 0 <= prefix_len < L:
+        raise ValueError(f"the prefix length must lie in 0..{L - 1}, not {prefix_len}")
+    V = int(x.max()) + 1 if vocab_size is None else vocab_size
+    if x.min() < 0 or x.max() >= V:
+        raise ValueError(f"{data_path} has ids {x.min()}..{x.max()}, not all in 0..{V - 1}")
+    order, held = np.random.default_rng(0).permutation(N), max(2, N // 10)
+    train, test = x[order[held:]], x[order[:held]]
+    return Rows("array", dict(train=train, valid=test, test=test), V, prefix_len=prefix_len)
 
 
 # ---- Sudoku. Boards in numpy: one uint16 of candidate bits per cell, (n, n, B), B contiguous
@@ -434,32 +448,23 @@ def read_boards(lines, n, name):
     numbers, cells = [], bytearray()
     puzzle = solution = ""
     for number, line in enumerate(itertools.chain(lines, ["the end"]), 1):
-        where = f"{name}, line {number}"
         words = re.findall(r"[\w.*]+", line)
         boards = [w for w in words if len(NO_CELL.sub("", w)) > size / 2]   # or meant to be
-        row = "".join(words)
+        row, before = "".join(words), len(puzzle)
+        half = len(row) // 2 if len(row) in (2 * n, 2 * size) else len(row)
+        left, right = row[:half], row[half:]
         if boards:
             left, right = boards[0], "".join(boards[1:2])
-        elif NO_CELL.search(row):
-            if puzzle:
-                raise ValueError(f"{where}: {line.strip()[:40]!r} after {len(puzzle)} cells of a "
-                                 f"puzzle of {size}")
+        elif NO_CELL.search(row) and not puzzle:         # a title
             continue
-        else:
-            half = len(row) // 2 if len(row) in (2 * n, 2 * size) else len(row)
-            left, right = row[:half], row[half:]
-        wrong = no_cell.search(left + right)
-        if wrong:
-            raise ValueError(f"{where}: {wrong[0]!r} is no cell: 1..{n}, or 0 . _ * x for a blank")
-        for part in (left, right):
-            if len(part) not in (0, n, size):
-                raise ValueError(f"{where}: {len(part)} cells, a {n}x{n} puzzle has {size}, in rows"
-                                 f" of {n}; blanks are 0 . _ * x")
         if left and not puzzle:
             numbers.append(number)
         puzzle, solution = puzzle + left, solution + right
-        if len(puzzle) > size or len(solution) not in (0, len(puzzle)):
-            raise ValueError(f"{where}: not as many boards or cells as in the rows before it")
+        if (no_cell.search(left + right) or len(left) not in (0, n, size) or len(puzzle) > size
+                or len(solution) not in (0, len(puzzle))):
+            raise ValueError(f"{name}, line {number}: {line.strip()[:40]!r} has no place after "
+                             f"{before} cells: a {n}x{n} puzzle has {size}, in rows of {n} or in "
+                             f"one; a cell is 1..{n}, or 0 . _ * x for a blank")
         if len(puzzle) == size:
             cells += (puzzle + (solution or "0" * size)).encode()
             puzzle = solution = ""
@@ -534,11 +539,7 @@ class Sudoku:
     """
 
     name = "sudoku"
-    vocab = entropy = temperature = None
-    nfe = 10
-    remask = "margin"
-    score_num = 1000
-    bound_num = 2000
+    vocab = entropy = None
     scored = True
 
     def __init__(self, grid=9, layout="prefix", clues=None, source="generated", puzzles=None,
@@ -604,19 +605,17 @@ class Sudoku:
         return (f"{self.grid}x{self.grid}, {train.shape[1]:,} training and {test.shape[1]:,} test "
                 f"puzzles, {clues:.1f} clues")
 
-    def batch(self, n, generator=None):
-        """n training puzzles drawn with replacement, augmented -> x0 (n, L) int64, given (n, L)."""
-        train = self.train_set
-        at = torch.randint(train.shape[1], (n,), generator=generator)
-        return self.tokens(*self.augment(train[:, at].long(), generator), generator)
+    def batch(self, n, generator=None, split="train"):
+        """n puzzles -> x0 (n, L) int64, given (n, L) bool.
 
-    def test(self, n, generator=None):
-        """n different held-out puzzles, or all if there are fewer -> x0, given, as `batch`."""
-        test = self.test_set
-        at = distinct(test.shape[1], n, generator)
-        return self.tokens(*test[:, at].long(), generator)
-
-    valid = test  # best.pt is chosen on these: report last.pt
+        train: drawn with replacement, augmented; valid, test: different held-out ones, or all if
+        there are fewer. best.pt is chosen on these: report last.pt.
+        """
+        both = self.train_set if split == "train" else self.test_set
+        both = both[:, pick(both.shape[1], n, split, generator)].long()
+        if split == "train":
+            both = self.augment(both, generator)
+        return self.tokens(*both, generator)
 
     def augment(self, both, generator=None):
         """Random symmetries, the same for puzzle and solution: (2, n, n n) -> (2, n, n n)."""
@@ -676,20 +675,16 @@ class Sudoku:
                               cell=1 - wrong.double() / blank.sum(1).clamp(min=1))
 
 
-def draw_boards(puzzle, answer, new=None):
-    """Puzzle and answer side by side as text: ' after clues, ! after violations, _ for blanks.
+def draw_boards(puzzle, answer, new=False):
+    """Puzzle and answer side by side as text, _ for blanks. puzzle, answer (n n,) digits.
 
-    puzzle, answer (n n,) digits. new (n n,) bool: the answer is not finished; + after these cells,
-    no mark at blanks, and no verdict.
+    Marks: ! what breaks a rule or changes a clue, ' clues, + cells that are new (n n,) bool.
     """
     n = math.isqrt(len(puzzle))
     h, w = BOXES[n]
     puzzle, answer = np.asarray(puzzle), np.asarray(answer)
-    bad = violations(answer[None])[0] | (puzzle != 0) & (answer != puzzle)
-    fresh = np.zeros(n * n, bool)
-    if new is not None:
-        fresh, bad = np.asarray(new), bad & (answer != 0)
-    marks = np.select([bad, puzzle > 0, fresh], ["!", "'", "+"], " ")
+    bad = (violations(answer[None])[0] | (puzzle != 0) & (answer != puzzle)) & (answer != 0)
+    marks = np.select([bad, puzzle > 0, np.asarray(new)], ["!", "'", "+"], " ")
     left = [f"{digit or '_'} " for digit in puzzle]
     right = [f"{digit or '_'}{mark}" for digit, mark in zip(answer, marks)]
 
@@ -702,8 +697,6 @@ def draw_boards(puzzle, answer, new=None):
         if i and i % h == 0:
             lines.append(f"{rule}   {rule}")
         lines.append(f"{row(left, i)}   {row(right, i)}")
-    if new is None:
-        lines.append(f"solved: {'no' if bad.any() else 'yes'}")
     return "\n".join(lines)
 
 
@@ -847,7 +840,7 @@ def character_ids(text, vocab, blank=None):
     return ids
 
 
-class Text:
+def text_rows(name, length=None, data_path=None, alphabet=None, vocab=None, data_dir=".data"):
     """Chunks of L tokens, not overlapping, of a long text (Section 4.4, C.3). Ids index `vocab`.
 
     length: L, default 256, of lm1b 128. vocab: use this one, a checkpoint's.
@@ -856,79 +849,36 @@ class Text:
     training set is for validation. text: the characters of a UTF-8 file, 90 / 5 / 5 %, or, with
     alphabet="text8", its letters as text8 has them.
     """
-
-    entropy = places = None
-    prefix_len = 0
-    nfe = 4
-    remask = "random"
-    temperature = 1.0
-    score_num = 256
-    bound_num = 2000
-    scored = False
-
-    def __init__(self, name, length=None, data_path=None, alphabet=None, vocab=None,
-                 data_dir=".data"):
-        if alphabet not in (None, "text8"):
-            raise ValueError(f"alphabet {alphabet!r} is not text8")
-        self.name = name
-        self.seq_len = (128 if name == "lm1b" else 256) if length is None else length
-        width = self.seq_len - (2 if name == "lm1b" else 0)      # [CLS] and [SEP]
-        if width < 1:
-            raise ValueError(f"length {length} is too short")
-        if name == "lm1b":
-            train, test, self.vocab = read_lm1b(data_dir)
-            cut = len(train) - len(train) // 100
-            splits = train[:cut], train[cut:], test
-        else:
-            if name == "text8":
-                text = read_text8(data_dir)
-            else:                                        # with or without byte order mark
-                text = Path(data_path).read_text(encoding="utf-8-sig")
-            if alphabet == "text8":
-                text = to_text8(text)
-            if "text8" in (name, alphabet):
-                vocab = list(ALPHABET)
-            self.vocab = sorted(set(text)) if vocab is None else vocab
-            ids = character_ids(text, self.vocab)
-            a, b = len(ids) * 90 // 100, len(ids) * 95 // 100
-            splits = ids[:a], ids[a:b], ids[b:]
-        self.vocab_size = len(self.vocab)
-        self.splits = [s[: len(s) // width * width].reshape(-1, width) for s in splits]
-        train, valid, test = map(len, self.splits)
-        self.about = f"{train:,} training, {valid:,} validation, {test:,} test chunks"
-        if not train or not valid or not test:
-            raise ValueError(f"too little text: training, validation and test need {width} tokens "
-                             f"each and have {', '.join(str(len(s)) for s in splits)}")
-
-    def rows(self, split, at):
-        """Chunks by number -> x0 (n, L) int64, given (n, L) bool: nothing is."""
-        x = torch.from_numpy(self.splits[split][at.numpy()].astype(np.int64))
-        if self.name == "lm1b":
-            cls, sep = (torch.full_like(x[:, :1], self.vocab.index(t)) for t in ("[CLS]", "[SEP]"))
-            x = torch.cat([cls, x, sep], dim=1)
-        return x, torch.zeros_like(x, dtype=torch.bool)
-
-    def batch(self, n, generator=None):
-        """n training chunks drawn with replacement -> x0, given, as `rows`."""
-        return self.rows(0, torch.randint(len(self.splits[0]), (n,), generator=generator))
-
-    def valid(self, n, generator=None):
-        """n different validation chunks, or all if there are fewer -> as `batch`."""
-        return self.rows(1, distinct(len(self.splits[1]), n, generator))
-
-    def test(self, n, generator=None):
-        """n different test chunks, or all if there are fewer -> as `batch`."""
-        return self.rows(2, distinct(len(self.splits[2]), n, generator))
-
-    def metrics(self, x, x0=None, given=None):
-        """Samples x (n, L) -> entropy: of a sample's unigrams, nats, mean and deviation (Table 5);
-        distinct4: of all 4-grams of tokens, the share that are different.
-        """
-        p = torch.stack([torch.bincount(row, minlength=self.vocab_size) for row in x]) / x.shape[1]
-        entropy = -torch.special.xlogy(p, p).sum(1)
-        grams = x.unfold(1, min(4, x.shape[1]), 1).flatten(0, 1)
-        return dict(entropy=entropy.mean().item(), entropy_sd=entropy.std(correction=0).item(),
-                    distinct4=len(torch.unique(grams, dim=0)) / len(grams))
+    if alphabet not in (None, "text8"):
+        raise ValueError(f"alphabet {alphabet!r} is not text8")
+    if length is None:
+        length = 128 if name == "lm1b" else 256
+    width, ends = length - (2 if name == "lm1b" else 0), ()
+    if width < 1:
+        raise ValueError(f"length {length} is too short")
+    if name == "lm1b":
+        train, test, vocab = read_lm1b(data_dir)
+        cut = len(train) - len(train) // 100
+        splits = train[:cut], train[cut:], test
+        ends = [vocab.index(t) for t in ("[CLS]", "[SEP]")]
+    else:
+        if name == "text8":
+            text = read_text8(data_dir)
+        else:                                            # with or without byte order mark
+            text = Path(data_path).read_text(encoding="utf-8-sig")
+        if alphabet == "text8":
+            text = to_text8(text)
+        if "text8" in (name, alphabet):
+            vocab = list(ALPHABET)
+        vocab = sorted(set(text)) if vocab is None else vocab
+        ids = character_ids(text, vocab)
+        a, b = len(ids) * 90 // 100, len(ids) * 95 // 100
+        splits = ids[:a], ids[a:b], ids[b:]
+    chunks = [s[: len(s) // width * width].reshape(-1, width) for s in splits]
+    if not all(map(len, chunks)):
+        raise ValueError(f"too little text: training, validation and test need {width} tokens each "
+                         f"and have {', '.join(str(len(s)) for s in splits)}")
+    return Rows(name, dict(zip(("train", "valid", "test"), chunks)), len(vocab), vocab, ends=ends)
 
 
 # ---- files and downloads
@@ -1003,7 +953,7 @@ def download(url, path, sha256=None):
 # ---- by name, and as text
 
 def load(name, vocab=None, **given):
-    """Dataset by name; given: its OPTIONS, None: the default; vocab: of `Text`, a checkpoint's.
+    """Dataset by name; given: its OPTIONS, None: the default; vocab: of a text, a checkpoint's.
 
     Raises ValueError on an unknown name, an option of another dataset or an impossible value.
     """
@@ -1019,10 +969,10 @@ def load(name, vocab=None, **given):
     if name in SYNTHETIC:
         return synthetic(name, **given)
     if name == "array":
-        return Array(**given)
+        return array_rows(**given)
     if name == "sudoku":
         return Sudoku(**given)
-    return Text(name, vocab=vocab, **given)
+    return text_rows(name, vocab=vocab, **given)
 
 
 def reload(ckpt, model, **changes):

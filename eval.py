@@ -107,8 +107,8 @@ def load_data(a, model, ckpt):
 
 def fill_defaults(a, model, ds):
     """Sets the flags that were not given to what suits the data and the model."""
-    defaults = dict(num=ds.score_num, bound_num=ds.bound_num, nfe=[ds.nfe], remask=[ds.remask],
-                    temperature=[ds.temperature])
+    how = data.SCORING[ds.name]
+    defaults = how | {k: [how[k]] for k in ("nfe", "remask", "temperature")}
     if ds.name == "sudoku":
         defaults["nfe"] = [5, 10, 20]
         if not model.latent_dim:                         # argmax may suit a baseline here
@@ -181,7 +181,7 @@ def hf_perplexity(lm, tokenizer, text):
 def sample_rows(model, ds, a, judge=None):
     """One dict per combination of the flags -> (rows, samples of the first)."""
     rows, first = [], None
-    x0, given = ds.test(a.num, torch.Generator().manual_seed(a.seed))
+    x0, given = ds.batch(a.num, torch.Generator().manual_seed(a.seed), "test")
     start = torch.where(given, x0, ds.vocab_size)
     if not ds.scored:                                    # nothing to answer: as many as asked for
         start = torch.full((a.num, ds.seq_len), ds.vocab_size)
@@ -222,7 +222,7 @@ def one_draw(model, x0, given, bound, steps, a, generator):
 
 def bound_rows(model, ds, a):
     """printed, NELBO_N and IWAE on test data, each {bound, steps, nats, se}; nats per sequence."""
-    x0, given = ds.test(a.bound_num, torch.Generator().manual_seed(a.seed))
+    x0, given = ds.batch(a.bound_num, torch.Generator().manual_seed(a.seed), "test")
     g = torch.Generator(a.device).manual_seed(a.seed + 2)    # not the stream that chose the data
     if len(x0) < 2:
         raise ValueError("a standard error needs two test sequences; leave the bounds out with "
@@ -369,7 +369,7 @@ def script(argv):
     judge = load_judge(a, ckpt)
     bounds = bound_rows(model, ds, a) if a.bound_steps else []
     rows, x = sample_rows(model, ds, a, judge)
-    x0, given = ds.test(min(a.bound_num, 5000), torch.Generator().manual_seed(a.seed))
+    x0, given = ds.batch(min(a.bound_num, 5000), torch.Generator().manual_seed(a.seed), "test")
     active = active_units(model, x0.to(a.device), given=given.to(a.device), batch_size=a.batch_size)
     result = dict(dataset=ds.name, checkpoint=str(a.ckpt), step=ckpt["step"], seed=a.seed,
                   device=str(a.device), seconds=round(time.time() - start, 2),

@@ -70,7 +70,7 @@ def to_fill(a, ckpt, model):
     """Test sequences with their given tokens, or --puzzle: x0, given (n, L), dataset."""
     ds = data.reload(ckpt, model, clues=a.clues)
     if a.puzzle is None:
-        return *ds.test(a.num, torch.Generator().manual_seed(a.seed)), ds
+        return *ds.batch(a.num, torch.Generator().manual_seed(a.seed), "test"), ds
     ds.clues = None                                      # a puzzle keeps the clues it has
     puzzles = torch.from_numpy(data.puzzles_to_solve(a.puzzle, ds.grid)).long()
     x0, given = ds.tokens(puzzles, puzzles)
@@ -116,10 +116,10 @@ def show_boards(puzzles, answers, path):
         with open(path, "w", encoding="utf-8") as f:
             for puzzle, answer in zip(puzzles.tolist(), answers.tolist()):
                 print("".join(map(str, puzzle)), "".join(map(str, answer)), sep=",", file=f)
-    for puzzle, answer in zip(puzzles, answers):
-        print(data.draw_boards(puzzle, answer) + "\n")
     kept = ((puzzles == 0) | (puzzles == answers)).all(1).numpy()
     good = kept & ~data.violations(answers.numpy()).any(1)
+    for puzzle, answer, solved in zip(puzzles, answers, good):
+        print(f"{data.draw_boards(puzzle, answer)}\nsolved: {'yes' if solved else 'no'}\n")
     print(f"{good.sum()} of {len(good)} solved, {len(answers[good].unique(dim=0))} different")
 
 
@@ -130,7 +130,7 @@ def script(argv):
     model, ckpt = load_checkpoint(a.ckpt, usable(a.device), a.loops)
     args, vocab, V = ckpt.get("args", {"dataset": "array"}), ckpt.get("vocab"), model.vocab_size
     sudoku = args["dataset"] == "sudoku"
-    kind = data.Sudoku if sudoku else data.Text if vocab else data.Synthetic
+    how = data.SCORING[args["dataset"]]
     for flag, fits in (("puzzle", sudoku), ("clues", sudoku), ("prompt", not sudoku),
                        ("length", vocab is not None)):
         if getattr(a, flag) is not None and not fits:
@@ -139,10 +139,10 @@ def script(argv):
     if a.puzzle is not None and a.clues is not None:
         raise ValueError("--puzzle and --clues do not go together")
     if a.temperature is None:
-        a.temperature = kind.temperature
+        a.temperature = how["temperature"]
     if a.temperature is None:
         a.temperature = default_temperature(model, a.latent)
-    nfe, remask = a.nfe or kind.nfe, a.remask or kind.remask
+    nfe, remask = a.nfe or how["nfe"], a.remask or how["remask"]
     if sudoku or args.get("prefix_len") and a.prompt is None:
         x0, given, ds = to_fill(a, ckpt, model)
         start = torch.where(given, x0, V)

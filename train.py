@@ -25,10 +25,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 import data
-from data import count, natural, number, positive, share
+from data import TEXT, count, natural, number, positive, share
 from diffusion import active_units, draw_noise, objective, sample
 from model import (CHECKPOINT_VERSION, CONDITIONING, PRIOR, VMD, Config, load_checkpoint, one_line,
                    usable)
@@ -106,52 +105,52 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
         log_every=(100, count, "steps between log lines"),
         eval_every=(250, count, "steps between evaluations, each after a checkpoint")),
 }
-TEXT = ("text8", "lm1b", "text")
-NO_FLAG = dict(latent_hidden=4, pooling="mean")                  # what only presets set
-# differs from the paper: small enough for two CPU cores; KL ramp, clipping, cosine decay, averaged
-# weights. A larger t_min spends the samples where z matters; a KL weight above 1 closes the holes
-# that the posteriors leave in the prior (for pairs z is not worth a weight of 2). Puzzles: a small
-# looped network, small batches and a high rate learn them several times sooner; with one solution
-# there is nothing for z to say, so its weight is high from the start. Text: t in {1/2, 1} teaches z
-# more than t near 0; few units, and a KL weight that starts high enough for the decoder not to copy
-# all of the text from z.
-SMALL = {
-    "pairs": dict(steps=800, t_min=0.5, kl_weight=1.5),
-    "pairs_nonuniform": dict(steps=800, t_min=0.5, kl_weight=1.5),
-    "pairs_strength": dict(latent_dim=2, kl_weight=0.8),
-    "d2": dict(steps=1500),
-    "needle": dict(batch_size=128, t_min=0.7, kl_start=1e-2, kl_weight=2.0),
-    "array": dict(steps=3000),
-    "sudoku": dict(
-        grid=9, layout="board", layers=2, loops=4, batch_size=32, steps=12_000, lr=8e-3,
-        warmup=100, decay_from=0.4, kl_weight=4.0, kl_start=4.0, eval_every=500),
-} | dict.fromkeys(TEXT, dict(
-    length=64, block_size=4, width=128, encoder_layers=2, latent_dim=8, conditioning="add",
-    objective="nelbo", objective_steps=2, batch_size=64, steps=1000, lr=3e-3, t_min=1e-3,
-    kl_weight=1.0, kl_start=0.1, kl_ramp=[0.1, 0.25]))
-# Appendix C.1 and, below, C.2 and C.3. What the paper leaves open: heads, how t is kept from 0.
-PAPER = dict(
-    layers=8, encoder_layers=2, batch_size=10_000, steps=2000, lr=1e-3, warmup=0, decay_from=1.0,
-    clip=0.0, ema=0.0, t_min=1e-3, kl_weight=1.0, kl_start=None)     # None: as --kl-weight
-PAPER_DATA = {
-    "pairs": dict(kl_weight=4.0),                        # C.1: "for the uniform data experiments"
-    "sudoku": dict(                                      # 300 epochs of 1.8 million puzzles
-        grid=9, layout="prefix", width=256, heads=8, layers=6, encoder_layers=4, latent_dim=128,
-        latent_hidden=1, conditioning="shared", pooling="gated", places=False, batch_size=1024,
-        steps=527_344, decay_from=0.0),
-} | dict.fromkeys(TEXT, dict(                            # steps are BD3-LM's, the paper has none
-    block_size=4, width=256, heads=8, encoder_layers=4, latent_dim=128, conditioning="add",
-    batch_size=512, steps=1_000_000, lr=3e-4, warmup=2500, ema=0.9999))
-PRESETS = {name: {"small": NO_FLAG | SMALL.get(name, {}),   # what differs from FLAGS
-                  "paper": NO_FLAG | PAPER | PAPER_DATA.get(name, {})} for name in data.DATASETS}
-# What --prior aggregate changes in either preset: a KL weight under which posteriors part cleanly,
-# and rows trained on the latents of sampling. The smaller, the more of the data z copies: text
-# keeps its weight, data with noise or too many sequences to learn by heart have the larger one.
-AGGREGATE = dict.fromkeys(data.SYNTHETIC, dict(kl_weight=0.02, full_mask_share=0.25)) | {
-    "pairs_strength": dict(kl_weight=0.02, full_mask_share=0.25, latent_dim=8),
-    "needle": dict(kl_weight=0.1, full_mask_share=0.25),
-    "sudoku": dict(kl_weight=0.1, kl_start=1e-3, full_mask_share=0.5),
-    "array": dict(kl_weight=0.1, full_mask_share=0.25)} | dict.fromkeys(TEXT, {})
+PRESETS = {  # what --preset and --prior change of FLAGS: for all data, then for one kind
+    # differs from the paper: small enough for two CPU cores; KL ramp, clipping, cosine decay,
+    # averaged weights. A larger t_min spends the samples where z matters; a KL weight above 1
+    # closes the holes that the posteriors leave in the prior (for pairs z is not worth a weight of
+    # 2). Puzzles: a small looped network, small batches and a high rate learn them several times
+    # sooner; with one solution there is nothing for z to say, so its weight is high from the start.
+    # Text: t in {1/2, 1} teaches z more than t near 0; few units, and a KL weight that starts high
+    # enough for the decoder not to copy all of the text from z.
+    "small": {
+        "pairs": dict(steps=800, t_min=0.5, kl_weight=1.5),
+        "pairs_nonuniform": dict(steps=800, t_min=0.5, kl_weight=1.5),
+        "pairs_strength": dict(latent_dim=2, kl_weight=0.8),
+        "d2": dict(steps=1500),
+        "needle": dict(batch_size=128, t_min=0.7, kl_start=1e-2, kl_weight=2.0),
+        "array": dict(steps=3000),
+        "sudoku": dict(
+            grid=9, layout="board", layers=2, loops=4, batch_size=32, steps=12_000, lr=8e-3,
+            warmup=100, decay_from=0.4, kl_weight=4.0, kl_start=4.0, eval_every=500),
+        "text": dict(
+            length=64, block_size=4, width=128, encoder_layers=2, latent_dim=8, conditioning="add",
+            objective="nelbo", objective_steps=2, batch_size=64, steps=1000, lr=3e-3, t_min=1e-3,
+            kl_weight=1.0, kl_start=0.1, kl_ramp=[0.1, 0.25])},
+    # Appendix C.1, C.2 and C.3. What the paper leaves open: heads, how t is kept from 0
+    "paper": {
+        "all": dict(                                     # kl_start None: as kl_weight
+            layers=8, encoder_layers=2, batch_size=10_000, steps=2000, lr=1e-3, warmup=0,
+            decay_from=1.0, clip=0.0, ema=0.0, t_min=1e-3, kl_weight=1.0, kl_start=None),
+        "pairs": dict(kl_weight=4.0),                    # C.1: "for the uniform data experiments"
+        "sudoku": dict(                                  # 300 epochs of 1.8 million puzzles
+            grid=9, layout="prefix", width=256, heads=8, layers=6, encoder_layers=4,
+            latent_dim=128, latent_hidden=1, conditioning="shared", pooling="gated", places=False,
+            batch_size=1024, steps=527_344, decay_from=0.0),
+        "text": dict(                                    # steps are BD3-LM's, the paper has none
+            block_size=4, width=256, heads=8, encoder_layers=4, latent_dim=128, conditioning="add",
+            batch_size=512, steps=1_000_000, lr=3e-4, warmup=2500, ema=0.9999)},
+    # A KL weight under which posteriors part cleanly, and rows trained on the latents of sampling.
+    # The smaller, the more of the data z copies: text has a larger one, and data with noise or too
+    # many sequences to learn by heart.
+    "aggregate": {
+        "all": dict(kl_weight=0.02, full_mask_share=0.25),
+        "pairs_strength": dict(latent_dim=8),
+        "needle": dict(kl_weight=0.1),
+        "array": dict(kl_weight=0.1),
+        "sudoku": dict(kl_weight=0.1, kl_start=1e-3, full_mask_share=0.5),
+        "text": dict(kl_weight=1.0, full_mask_share=0.0)},
+}
 
 NETWORK = ("width", "heads", "layers", "loops", "encoder_layers", "latent_dim", "latent_hidden",
            "conditioning", "pooling", "prior", "bank")   # settings that are fields of Config
@@ -192,9 +191,10 @@ def parse(argv=None):
             raise ValueError(f"{first.out}/last.pt holds a model only: it cannot be resumed")
         parser.set_defaults(**ckpt["args"])
     else:
-        parser.set_defaults(**PRESETS[first.dataset][first.preset])
-        if first.prior == "aggregate":
-            parser.set_defaults(**AGGREGATE[first.dataset])
+        kind = "text" if first.dataset in TEXT else first.dataset
+        for name in (first.preset, first.prior):
+            changes = PRESETS.get(name, {})
+            parser.set_defaults(**changes.get("all", {}) | changes.get(kind, {}))
     a = parser.parse_args(argv)
     a.out = first.out                                    # a run may have been moved
     check(a, ckpt)
@@ -243,60 +243,31 @@ def lr_at(step, a):
     return a.lr * 0.5 * (1 + math.cos(math.pi * (step - begin) / max(1, a.steps - begin)))
 
 
-class Step(nn.Module):
-    """The objective as a module, so that DDP and torch.compile can wrap it."""
+def optimise(run, loss_fn, x0, given, noise, kl_weight, lr, rank, world):
+    """One step on this process's share of a batch that every process has drawn, in micro-batches.
 
-    def __init__(self, model, a):
-        super().__init__()
-        self.model, self.a = model, a
-
-    def forward(self, x0, given, noise, kl_weight):
-        """-> nats per token (to minimise), and detached loss, recon, kl in nats per sequence."""
-        terms = objective(self.model, x0, noise, self.a.objective, kl_weight, given,
-                          self.a.latent_dropout, self.a.full_mask_share)
-        terms = [v.mean() for v in terms]
-        return terms[0] / x0.shape[1], torch.stack(terms).detach()
-
-
-def wrap(model, a, world):
-    """The objective of the model as one callable, under DDP and torch.compile where asked for."""
-    step_fn = Step(model, a)
-    if a.compile:
-        step_fn.compile()
-    if world > 1:
-        ids = [torch.cuda.current_device()] if a.device.startswith("cuda") else None
-        step_fn = nn.parallel.DistributedDataParallel(step_fn, device_ids=ids,
-                                                     broadcast_buffers=False)
-    return step_fn
-
-
-def micro_batches(x0, given, noise, a, rank, world):
-    """This process's micro-batches of a batch that every process has drawn -> list, on the device.
+    Returns its means of loss, recon and kl in nats per sequence, and the gradient's norm: (4,).
     """
-    first, stride = rank * a.grad_accum, world * a.grad_accum
-    parts = [slice(first + j, None, stride) for j in range(a.grad_accum)]
-    return [(x0[rows].to(a.device), given[rows].to(a.device), noise[rows]) for rows in parts]
-
-
-def optimise(step_fn, opt, parts, kl_weight, lr, a):
-    """One optimiser step on micro-batches -> loss, recon, kl in nats, gradient norm (4,)."""
-    for group in opt.param_groups:
-        group["lr"] = lr
-    opt.zero_grad(set_to_none=True)
+    a, n, terms = run.a, run.a.grad_accum, 0
     weight = torch.full((), kl_weight, device=a.device)  # a number would be compiled in
-    terms = 0
-    for part in parts:
-        # several processes: gradients are averaged with the last micro-batch only
-        wait = hasattr(step_fn, "no_sync") and part is not parts[-1]
-        with step_fn.no_sync() if wait else contextlib.nullcontext():
-            with torch.autocast(torch.device(a.device).type, torch.bfloat16,
-                                enabled=a.dtype == "bfloat16"):
-                loss, part_terms = step_fn(*part, weight)
-            (loss / len(parts)).backward()
-        terms = terms + part_terms / len(parts)
-    trained = [p for group in opt.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(trained, a.clip or math.inf)
-    opt.step()
+    run.opt.zero_grad(set_to_none=True)
+    for i in range(rank * n, rank * n + n):
+        rows = slice(i, None, world * n)
+        with torch.autocast(torch.device(a.device).type, torch.bfloat16,
+                            enabled=a.dtype == "bfloat16"):
+            values = loss_fn(run.model, x0[rows].to(a.device), noise[rows], a.objective, weight,
+                             given[rows].to(a.device), a.latent_dropout, a.full_mask_share)
+        values = [v.mean() / n for v in values]
+        (values[0] / x0.shape[1]).backward()             # nats per token
+        terms = terms + torch.stack(values).detach()
+    group = run.opt.param_groups[0]                      # the only one
+    if world > 1:                                        # that of the whole batch, in one message
+        grads = [p.grad for p in group["params"]]
+        mean = summed(nn.utils.parameters_to_vector(grads), world) / world
+        nn.utils.vector_to_parameters(mean, grads)
+    norm = nn.utils.clip_grad_norm_(group["params"], a.clip or math.inf)
+    group["lr"] = lr
+    run.opt.step()
     return torch.cat([terms, norm.detach()[None]])
 
 
@@ -317,7 +288,7 @@ def evaluate(model, ds, a, samples=None):
     Nats per sequence. Own seeds: training's random streams are not touched. model: in eval mode.
     """
     g, gd = torch.Generator().manual_seed(1), torch.Generator(a.device).manual_seed(2)
-    x0, given = ds.valid(min(EVAL_SEQUENCES, max(64, 2**16 // ds.seq_len)), g)
+    x0, given = ds.batch(min(EVAL_SEQUENCES, max(64, 2**16 // ds.seq_len)), g, "valid")
     x0, given = x0.to(a.device), given.to(a.device)
     noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, a.objective_steps, a.t_min,
                        gd, a.device)
@@ -329,9 +300,10 @@ def evaluate(model, ds, a, samples=None):
     out = dict(loss=loss, recon=recon, kl=kl, active=active_units(model, x0, given=given).tolist())
     if not ds.scored:
         return out
-    x0, given = ds.valid(samples or max(1, min(EVAL_SEQUENCES, ds.score_num // 5)), g)
+    how = data.SCORING[ds.name]
+    x0, given = ds.batch(samples or max(1, min(EVAL_SEQUENCES, how["num"] // 5)), g, "valid")
     start = torch.where(given, x0, ds.vocab_size)
-    x = sample(model, start.to(a.device), ds.nfe, ds.remask, generator=g,
+    x = sample(model, start.to(a.device), how["nfe"], how["remask"], generator=g,
                batch_size=max(a.batch_size, 2**16 // ds.seq_len)).cpu()
     return out | {f"sampled_{k}": v for k, v in ds.metrics(x, x0, given).items()}
 
@@ -397,7 +369,7 @@ def setup(a, ckpt, world):
     one_block = a.block_size in (0, ds.seq_len)
     config = Config(ds.vocab_size, ds.seq_len, a.block_size or ds.seq_len,
                     prefix_len=ds.prefix_len, places=ds.places if a.places and one_block else None,
-                    **{k: getattr(a, k) for k in NETWORK})
+                    **{k: getattr(a, k) for k in NETWORK if hasattr(a, k)})  # else its default
     if ckpt and asdict(config) != ckpt["config"]:
         raise ValueError(f"data or network differ from what was trained on: {ckpt['config']}")
     model = VMD(config).to(a.device)
@@ -482,30 +454,29 @@ def summed(x, world):
     return x
 
 
-def announce(run, log):
+def announce(run):
     """Prints what will be trained, and with what."""
     a, ds, r = run.a, run.ds, run.model.block_size
-    log(f"dataset {ds.name}: L {ds.seq_len}, V {ds.vocab_size}, {ds.seq_len // r} block(s) of {r}, "
-        f"{ds.about}")
-    log("parameters: " + ", ".join(f"{k} {v:,}" for k, v in run.model.param_counts().items()))
+    print(f"dataset {ds.name}: L {ds.seq_len}, V {ds.vocab_size}, "
+          f"{ds.seq_len // r} block(s) of {r}, {ds.about}")
+    print("parameters: " + ", ".join(f"{k} {v:,}" for k, v in run.model.param_counts().items()))
     shown = [k for group in FLAGS if group not in ("data", "run") for k in FLAGS[group]]
-    log("settings: " + " ".join(f"{k}={getattr(a, k)}" for k in shown))
+    print("settings: " + " ".join(f"{k}={getattr(a, k)}" for k in shown))
     if a.latent_dim and a.preset == "paper" and a.kl_start == a.kl_weight:
-        log("the KL weight is constant, with which z is likely to stay unused (posterior collapse);"
-            " --kl-start 1e-3 ramps it up")
+        print("the KL weight is constant, with which z is likely to stay unused (posterior "
+              "collapse); --kl-start 1e-3 ramps it up")
 
 
-def assess(run, log, record):
+def assess(run, log):
     """Evaluates and keeps the best checkpoint -> whether the latent, if there is one, is idle."""
     judged = run.ema or run.model
     result = evaluate(judged.eval(), run.ds, run.a)
     judged.train(judged is run.model)
-    record(step=run.step, eval=result)
     shown = [f"{k} {v:.4f}" for k, v in result.items() if isinstance(v, float)]
     units = result["active"]
     if run.a.latent_dim:
         shown.append(f"active {units if len(units) < 9 else f'{min(units)} to {max(units)}'}")
-    log("  valid " + "  ".join(shown))
+    log("  valid " + "  ".join(shown), step=run.step, eval=result)
     if result["loss"] < run.best:
         run.best = result["loss"]
         run.save("best.pt")
@@ -543,36 +514,32 @@ def train(a, ckpt, rank, world):
         out.mkdir(parents=True, exist_ok=True)
         if not ckpt:
             move_aside(out)
-        announce(run, tqdm.write)
-    journal = open(out / "log.jsonl" if rank == 0 else os.devnull, "a")
+        announce(run)
 
-    def log(line):
+    def log(line, **values):
+        """A line for the terminal; values, if there are any, for log.jsonl."""
+        if rank == 0 and values:
+            with open(out / "log.jsonl", "a") as f:
+                f.write(json.dumps(values) + "\n")
         if rank == 0:
-            tqdm.write(line)
+            print(line, flush=True)
 
-    def record(**values):
-        journal.write(json.dumps(values) + "\n")
-        journal.flush()
-
-    step_fn, begin, idle = wrap(model, a, world), run.step, False
-    bar = tqdm(total=a.steps, initial=begin, disable=rank > 0 or not sys.stderr.isatty(),
-               unit="step")
+    loss_fn = torch.compile(objective) if a.compile else objective
+    begin, idle = run.step, False
     start, since = time.time() - run.seconds, time.time()
     sums, logged = torch.zeros(4, device=a.device), begin    # since the last line, and its step
-    with journal, bar, stop_signals() as stop:
+    with stop_signals() as stop:
         if rank == 0 and ckpt and (begin % ckpt["args"]["eval_every"] == 0 or begin == a.steps):
-            assess(run, log, record)                     # a kill may have cut it off
+            assess(run, log)                             # a kill may have cut it off
             since = time.time()
         for step in range(begin, a.steps):
             kl_weight, lr = kl_weight_at(step, a), lr_at(step, a)
             x0, given = ds.batch(a.batch_size, run.streams["data"])  # every process draws all rows
             noise = draw_noise(*x0.shape, model.block_size, model.latent_dim,
                                a.objective_steps, a.t_min, run.streams["noise"], a.device)
-            parts = micro_batches(x0, given, noise, a, rank, world)
-            sums += optimise(step_fn, run.opt, parts, kl_weight, lr, a)
+            sums += optimise(run, loss_fn, x0, given, noise, kl_weight, lr, rank, world)
             if run.ema:
                 update_average(run.ema, model, a.ema, step)
-            bar.update()
 
             done = run.step = step + 1
             stopped = bool(stop)
@@ -599,11 +566,10 @@ def train(a, ckpt, rank, world):
                 rate = (done - logged) * a.batch_size * ds.seq_len / (now - since)
                 values = dict(step=done, loss=loss, recon=recon, kl=kl, kl_weight=kl_weight, lr=lr,
                               grad_norm=norm, tokens_per_second=rate, seconds=run.seconds)
-                log(progress_line(values, a.steps, a.batch_size * ds.seq_len))
-                record(**values)
+                log(progress_line(values, a.steps, a.batch_size * ds.seq_len), **values)
                 sums, logged, since = torch.zeros(4, device=a.device), done, now
             if rank == 0 and saves and not stopped:
-                if assess(run, log, record) and not idle:
+                if assess(run, log) and not idle:
                     idle = True
                     log(explain_idle_latent(a, ds))
             since += time.time() - now                   # none of this counts as training
@@ -617,7 +583,7 @@ def train(a, ckpt, rank, world):
 
 def independent(ds, n=20_000):
     """Metrics of the product of the true marginals, the best that one step without z can do."""
-    x, _ = ds.test(n, torch.Generator().manual_seed(2))
+    x, _ = ds.batch(n, torch.Generator().manual_seed(2), "test")
     g = torch.Generator().manual_seed(3)
     shuffled = [column[torch.randperm(n, generator=g)] for column in x.unbind(1)]
     return ds.metrics(torch.stack(shuffled, dim=1))
@@ -631,12 +597,13 @@ def report(run):
     if not ds.scored:
         print(f"samples: python sample.py --ckpt {last}; bounds: eval.py")
         return
-    scores = evaluate(model, ds, a, ds.score_num)
+    how = data.SCORING[ds.name]
+    scores = evaluate(model, ds, a, how["num"])
     rows = {"this model" if model.latent_dim else "this baseline":
             {k.removeprefix("sampled_"): v for k, v in scores.items() if k.startswith("sampled_")}}
     if ds.entropy is not None and model.block_size == ds.seq_len:
         rows["independent tokens"] = independent(ds)
-    print(f"samples ({ds.score_num:,} at most), NFE {ds.nfe} per block, {ds.remask}")
+    print(f"samples ({how['num']:,} at most), NFE {how['nfe']} per block, {how['remask']}")
     for name, metrics in rows.items():
         shown = [f"{k} {v:.4f}" for k, v in metrics.items() if not k.endswith("_se")]
         print(f"{name:<20}" + "  ".join(shown))
@@ -667,10 +634,4 @@ main = partial(data.run_script, "train.py", script)         # argv -> exit statu
 
 
 if __name__ == "__main__":
-    status = main()
-    if "WORLD_SIZE" in os.environ:
-        # DDP keeps threads of gloo, which now and then abort an interpreter that shuts down.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+    sys.exit(main())
