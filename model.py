@@ -250,7 +250,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.sees_x0, self.prefix_len = sees_x0, c.prefix_len
         self.embed_xt = nn.Embedding(c.vocab_size + 1, c.width)
-        has_x0 = sees_x0 or c.seq_len > c.block_size     # else it had no gradient: DDP refuses
+        has_x0 = sees_x0 or c.seq_len > c.block_size     # else it had no gradient
         self.embed_x0 = nn.Embedding(c.vocab_size, c.width) if has_x0 else None
         self.stack = Stack(c.encoder_layers, c.width, c.heads, c.block_size, c.places)
         self.norm = nn.LayerNorm(c.width, bias=False)
