@@ -79,10 +79,7 @@ def mean_and_error(**values):
 
 
 class Synthetic:
-    """A known distribution over rows of a table (S, L) of ids, -1 where a token is uniform noise.
-
-    Accuracy is the share of samples that match a possible row; KL(true || generated) is over rows.
-    """
+    """A known distribution over rows of a table (S, L) of ids; -1: a token of uniform noise."""
 
     vocab_size = 10
     vocab = places = None
@@ -110,7 +107,7 @@ class Synthetic:
         return x, torch.zeros_like(x, dtype=torch.bool)
 
     def metrics(self, x, x0=None, given=None):
-        """Samples x (n, L) -> {"acc": share that matches a row, "kl": KL over rows, nats}."""
+        """Samples x (n, L) -> acc, the share that matches a row; kl, KL(true || generated)."""
         match = (x[:, None, self.fixed] == self.table[:, self.fixed]).all(-1)       # (n, S)
         p, generated = self.probs, match.double().sum(0) / len(x)
         match = match[:, p > 0]
@@ -564,16 +561,12 @@ class Sudoku:
 
     @property
     def places(self):
-        """Of each position its row, column, box and, in the prefix layout, part: L lists."""
+        """Of each cell of a board its row, column and box: L lists; None in the prefix layout."""
+        if self.layout == "prefix":
+            return None
         n, (h, w) = self.grid, BOXES[self.grid]
-        cells = []
-        for i, j in itertools.product(range(n), repeat=2):
-            cells.append([i, n + j, 2 * n + i // h * (n // w) + j // w])
-        if self.layout == "board":
-            return cells
-        puzzle, solution, sep, eos = 3 * n, 3 * n + 1, 3 * n + 2, 3 * n + 6      # four of their own
-        return [*([*cell, puzzle] for cell in cells), list(range(sep, sep + 4)),
-                *([*cell, solution] for cell in cells), list(range(eos, eos + 4))]
+        return [[i, n + j, 2 * n + i // h * (n // w) + j // w]
+                for i, j in itertools.product(range(n), repeat=2)]
 
     @functools.cached_property
     def split(self):
@@ -606,11 +599,7 @@ class Sudoku:
                 f"puzzles, {clues:.1f} clues")
 
     def batch(self, n, generator=None, split="train"):
-        """n puzzles -> x0 (n, L) int64, given (n, L) bool.
-
-        train: drawn with replacement, augmented; valid, test: different held-out ones, or all if
-        there are fewer. best.pt is chosen on these: report last.pt.
-        """
+        """n puzzles, augmented if for training -> x0 (n, L) int64, given (n, L) bool."""
         both = self.train_set if split == "train" else self.test_set
         both = both[:, pick(both.shape[1], n, split, generator)].long()
         if split == "train":
@@ -863,14 +852,12 @@ def text_rows(name, length=None, data_path=None, alphabet=None, vocab=None, data
         ends = [vocab.index(t) for t in ("[CLS]", "[SEP]")]
     else:
         if name == "text8":
-            text = read_text8(data_dir)
+            text, vocab = read_text8(data_dir), list(ALPHABET)
         else:                                            # with or without byte order mark
             text = Path(data_path).read_text(encoding="utf-8-sig")
         if alphabet == "text8":
-            text = to_text8(text)
-        if "text8" in (name, alphabet):
-            vocab = list(ALPHABET)
-        vocab = sorted(set(text)) if vocab is None else vocab
+            text, vocab = to_text8(text), list(ALPHABET)
+        vocab = vocab or sorted(set(text))
         ids = character_ids(text, vocab)
         a, b = len(ids) * 90 // 100, len(ids) * 95 // 100
         splits = ids[:a], ids[a:b], ids[b:]
@@ -1000,12 +987,9 @@ def show(x, vocab_size, vocab=None):
 def texts(x, vocab_size, vocab=None):
     """As `show`, but a list of strings with line breaks as they are."""
     names = [*(vocab or map(str, range(vocab_size))), "_"]
-    space = " " if vocab is None or "[CLS]" in vocab else ""
-    out = []
-    for row in x.tolist():
-        text = space.join(names[v] for v in row)
-        out.append(text.replace(" ##", "") if space else text)
-    return out
+    if vocab is None or "[CLS]" in vocab:                # ## goes on with a word
+        return [" ".join(names[v] for v in row).replace(" ##", "") for row in x.tolist()]
+    return ["".join(names[v] for v in row) for row in x.tolist()]
 
 
 def encode(text, vocab, vocab_size=None, blank="_"):

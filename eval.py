@@ -139,13 +139,10 @@ def load_judge(a, ckpt):
                                     for part in x.split(a.batch_size)])
     try:
         import transformers
-    except ImportError:
-        raise ValueError("--gen-ppl needs transformers: pip install transformers") from None
-    try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(a.gen_ppl)
         lm = transformers.AutoModelForCausalLM.from_pretrained(a.gen_ppl).to(a.device).eval()
-    except (ImportError, OSError, ValueError) as e:
-        raise ValueError(f"cannot load {a.gen_ppl}: {one_line(e)}") from None
+    except (ImportError, OSError, ValueError) as e:      # first of all: pip install transformers
+        raise ValueError(f"cannot load {a.gen_ppl} with transformers: {one_line(e)}") from None
 
     def judged(x):
         texts = data.texts(x, len(ckpt["vocab"]), ckpt["vocab"])
@@ -211,15 +208,6 @@ def sample_rows(model, ds, a, judge=None):
 
 
 @torch.no_grad()
-def one_draw(model, x0, given, bound, steps, a, generator):
-    """One Monte-Carlo draw of a bound, or of the printed value -> (B,) nats."""
-    if bound == "iwae":
-        return iwae(model, x0, steps, a.iwae, given, generator)
-    noise = draw_noise(*x0.shape, model.block_size, model.latent_dim, steps, T_MIN, generator,
-                       a.device)
-    return objective(model, x0, noise, "vmd" if bound == "printed" else bound, given=given)[0]
-
-
 def bound_rows(model, ds, a):
     """printed, NELBO_N and IWAE on test data, each {bound, steps, nats, se}; nats per sequence."""
     x0, given = ds.batch(a.bound_num, torch.Generator().manual_seed(a.seed), "test")
@@ -227,17 +215,23 @@ def bound_rows(model, ds, a):
     if len(x0) < 2:
         raise ValueError("a standard error needs two test sequences; leave the bounds out with "
                          "--bound-steps and no number")
-    bounds = [("printed", 0)] + [("nelbo", n) for n in a.bound_steps]
+    bounds = [("printed", "vmd", 0)] + [("nelbo", "nelbo", n) for n in a.bound_steps]
     if a.iwae:
-        bounds += [("iwae", n) for n in a.bound_steps if n]
+        bounds += [(f"iwae_{a.iwae}", "iwae", n) for n in a.bound_steps if n]
     rows = []
-    for bound, steps in bounds:
+    for name, kind, steps in bounds:
         values = []
         for part in zip(x0.split(a.batch_size), given.split(a.batch_size)):
-            values.append(one_draw(model, *(v.to(a.device) for v in part), bound, steps, a, g))
+            x, fixed = (v.to(a.device) for v in part)
+            if kind == "iwae":
+                values.append(iwae(model, x, steps, a.iwae, fixed, g))
+            else:
+                noise = draw_noise(*x.shape, model.block_size, model.latent_dim, steps, T_MIN, g,
+                                   a.device)
+                values.append(objective(model, x, noise, kind, given=fixed)[0])
         v = torch.cat(values).cpu().double()
-        row = dict(bound=f"iwae_{a.iwae}" if bound == "iwae" else bound, steps=steps or None,
-                   nats=v.mean().item(), se=v.std().item() / math.sqrt(len(v)))
+        row = dict(bound=name, steps=steps or None, nats=v.mean().item(),
+                   se=v.std().item() / math.sqrt(len(v)))
         if not given.any():                              # else some tokens cost nothing
             row["nats_per_token"] = row["nats"] / x0.shape[1]
         rows.append(row)

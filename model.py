@@ -240,7 +240,6 @@ class Encoder(nn.Module):
     """q(z^b | x_t^b, x_0^{<=b}): a mean and a log variance per block (Section 3.2).
 
     With sees_x0=False it does not see x_0^b: p(z^b | x_t^b, x_0^{<b}), the noised prior of E.3.
-    Gated pooling leaves out the first prefix_len positions, which are never masked.
     # differs from the paper: position i of block b embeds x_t^i and x_0^i together, instead of the
     # sequence [x_t ; x_0] of twice the length: what z^b may depend on is the same, at half the
     # cost.

@@ -49,10 +49,11 @@ def build_parser():
     p.add_argument("--length", type=count,
                    help="text: tokens to generate, prompt included, a multiple of the block size; "
                    "several blocks can go beyond the length of training, the default")
-    p.add_argument("--puzzle", metavar="PUZZLE",
+    g = p.add_mutually_exclusive_group()
+    g.add_argument("--puzzle", metavar="PUZZLE",
                    help="Sudoku: the cells in a row, 0 . _ * x for blanks, or a file of puzzles; "
                    "else held-out puzzles")
-    p.add_argument("--clues", type=natural,
+    g.add_argument("--clues", type=natural,
                    help="Sudoku: show this many random cells of held-out boards; else as trained")
     p.add_argument("--show-steps", action="store_true",
                    help="show the samples as they are unmasked, redrawn in place on a terminal")
@@ -67,14 +68,16 @@ def build_parser():
 
 
 def to_fill(a, ckpt, model):
-    """Test sequences with their given tokens, or --puzzle: x0, given (n, L), dataset."""
+    """Test sequences, or --puzzle, masks where nothing is given -> ids, given (n, L), dataset."""
     ds = data.reload(ckpt, model, clues=a.clues)
     if a.puzzle is None:
-        return *ds.batch(a.num, torch.Generator().manual_seed(a.seed), "test"), ds
-    ds.clues = None                                      # a puzzle keeps the clues it has
-    puzzles = torch.from_numpy(data.puzzles_to_solve(a.puzzle, ds.grid)).long()
-    x0, given = ds.tokens(puzzles, puzzles)
-    return x0.repeat_interleave(a.num, 0), given.repeat_interleave(a.num, 0), ds
+        x0, given = ds.batch(a.num, torch.Generator().manual_seed(a.seed), "test")
+    else:
+        ds.clues = None                                  # a puzzle keeps the clues it has
+        puzzles = torch.from_numpy(data.puzzles_to_solve(a.puzzle, ds.grid)).long()
+        puzzles = puzzles.repeat_interleave(a.num, 0)
+        x0, given = ds.tokens(puzzles, puzzles)
+    return torch.where(given, x0, model.vocab_size), given, ds
 
 
 def prompted(a, model, vocab):
@@ -89,25 +92,20 @@ def prompted(a, model, vocab):
     return x
 
 
-class Steps:
-    """Shows sequences while they are unmasked, for `on_step` of `sample`."""
-
-    def __init__(self, start, draw):
-        self.before, self.draw, self.number = start, draw, 0
-
-    def __call__(self, x):
-        """x (n, L) ids after an evaluation. draw(x, new) -> text; new (n, L): filled by it."""
-        x, self.number = x.cpu().clone(), self.number + 1
-        if sys.stdout.isatty():
-            print("\033[H\033[J", end="")                # clears the screen
-        print(f"evaluation {self.number}\n{self.draw(x, x != self.before)}\n", flush=True)
-        self.before = x
+def show_step(draw, states, x):
+    """Prints x (n, L), ids after an evaluation, as draw(x, the state before); adds it to states."""
+    x = x.cpu()
+    if sys.stdout.isatty():
+        print("\033[H\033[J", end="")                    # clears the screen
+    print(f"evaluation {len(states)}\n{draw(x, states[-1])}\n", flush=True)
+    states.append(x)
 
 
-def draw_unfinished(ds, given, x, new):
-    """Sudoku boards as text, newly filled cells marked. x (n, L) ids; given, new (n, L) bool."""
-    filled = ds.boards(new.long(), given)[1] > 0
-    return "\n\n".join(map(data.draw_boards, *ds.boards(x, given), filled))
+def draw_unfinished(ds, given, x, before):
+    """Sudoku boards as text, newly filled cells marked. x, before (n, L) ids, given (n, L) bool."""
+    puzzle, answer = ds.boards(x, given)
+    new = answer != ds.boards(before, given)[1]
+    return "\n\n".join(map(data.draw_boards, puzzle, answer, new))
 
 
 def show_boards(puzzles, answers, path):
@@ -136,23 +134,20 @@ def script(argv):
         if getattr(a, flag) is not None and not fits:
             raise ValueError(f"--{flag} does not go with {args['dataset']}, which {a.ckpt} was "
                              "trained on")
-    if a.puzzle is not None and a.clues is not None:
-        raise ValueError("--puzzle and --clues do not go together")
     if a.temperature is None:
         a.temperature = how["temperature"]
     if a.temperature is None:
         a.temperature = default_temperature(model, a.latent)
     nfe, remask = a.nfe or how["nfe"], a.remask or how["remask"]
     if sudoku or args.get("prefix_len") and a.prompt is None:
-        x0, given, ds = to_fill(a, ckpt, model)
-        start = torch.where(given, x0, V)
+        start, given, ds = to_fill(a, ckpt, model)
     else:
         start = prompted(a, model, vocab)
     on_step, batch_size = None, a.batch_size
     if a.show_steps:
         draw = partial(draw_unfinished, ds, given) if sudoku else (
-            lambda x, new: data.show(x, V, vocab))
-        on_step, batch_size = Steps(start, draw), len(start)
+            lambda x, before: data.show(x, V, vocab))
+        on_step, batch_size = partial(show_step, draw, [start]), len(start)
     x = sample(model, start.to(a.device), nfe, remask, a.temperature, a.latent, batch_size,
                torch.Generator().manual_seed(a.seed + 1), on_step, a.latent_draws).cpu()
     latent = a.latent if model.latent_dim else "none"
