@@ -147,17 +147,6 @@ def normal(mu, logvar):
     return Normal(mu, (0.5 * logvar).exp())
 
 
-def spied(model):
-    """Of each cache that the model will make the latest z that it is shown with."""
-    latest, plain = {}, model.decode_block
-
-    def decode_block(x, z, cache):
-        latest[cache] = z
-        return plain(x, z, cache)
-    model.decode_block = decode_block
-    return latest
-
-
 def refused(why, call, *args, **kw):
     """`call` raises a ValueError that says why."""
     with pytest.raises(ValueError, match=re.escape(why)):
@@ -574,18 +563,6 @@ def test_kl_is_that_of_the_chain_of_priors(prior, kind, idle):
     assert_close(recon, (ce * masked).sum(1) / 0.5)
 
 
-@pytest.mark.parametrize("prior", network.PRIOR[:3])
-def test_a_resampled_latent_is_drawn_from_the_prior_given_x_t_and_the_last_earlier_ones(prior):
-    m = tiny(6, 2, prior=prior)
-    seen, caches, plain = [], spied(m), m.prior
-    m.prior = lambda xt, x0, z: seen.append((xt.clone(), z.clone())) or plain(xt, x0, z)
-    diffusion.sample(m, torch.full((1, 4), 3), 2, latent="resample")
-    first = caches.popitem()[1][:, :1]                   # z of the first block
-    assert [(x == 3).sum().item() for x, _ in seen] == [2, 1, 2, 1]
-    assert all((z[:, :1] == first).all() for _, z in seen[2:])
-    assert not (seen[0][1] == first).all() and first.shape == (1, 1, 3)
-
-
 # ---- beyond the paper: aggregate prior, latent dropout, given tokens that choose z
 
 def test_the_aggregate_prior_is_the_mixture_of_its_bank():
@@ -832,6 +809,19 @@ def test_the_encoder_reads_x_t_and_the_best_guess_of_x_0():
         assert (guess[:, at] == torch.where(xt[:, at] == 5, last[3].argmax(-1), xt[:, at])).all()
 
 
+def test_a_resampled_latent_is_drawn_from_the_prior_given_x_t_and_the_last_earlier_ones():
+    model, seen = Recorder(2), []
+
+    def prior(xt, x0, z):                                # its n-th answer is n, whatever it reads
+        seen.append((xt.clone(), z[:, :-1]))
+        return torch.full_like(z, len(seen)), torch.full_like(z, -40.0)
+    model.prior = prior
+    diffusion.sample(model, torch.full((1, 4), 5), 2, latent="resample")
+    for n, ((xt, earlier), (block, z, *_)) in enumerate(zip(seen, model.calls, strict=True), 1):
+        assert (xt[:, -2:] == block).all() and (z == n).all()
+        assert earlier.tolist() == [[[2, 2]] * (n > 2)]  # that of the first block's last step
+
+
 @pytest.mark.parametrize("remask", ["prob", "margin"])
 def test_the_sampler_reveals_the_most_confident_positions_first(remask):
     model = Recorder(8)
@@ -927,24 +917,22 @@ def test_on_step_sees_every_state(size):
     assert (states[-1] == x[:size]).all()
 
 
-@pytest.mark.parametrize("Z", [0, 3])
-def test_longer_sequences_are_written_window_by_window(Z):
-    m, masks = tiny(8, 2, Z, V=5), torch.full((4, 20), 5)           # windows of 4 blocks, 2 new
-    caches = spied(m)
-    long = diffusion.sample(m, masks, 2, temperature=0.0, generator=gen(0))
-    assert long.shape == (4, 20) and (long < 5).all() and len(caches) == 4
-    short = diffusion.sample(m, masks[:1, :8], 2, temperature=0.0, generator=gen(0))
-    assert (long[0, :8] == short).all()                             # the first is unchanged
-    if Z == 0:                                                      # no noise: each is `sample`
-        for first in (4, 8, 12):
-            window = masks[:, :8].clone()
-            window[:, :4] = long[:, first : first + 4]
-            again = diffusion.sample(m, window, 2, temperature=0.0)
-            assert (again == long[:, first : first + 8]).all()
-    else:                                                           # given blocks keep their z
-        for old, new in itertools.pairwise([*caches.values()][:4]):
-            assert (old[:, 2:] == new[:, :2]).all()
-    refused("with one block", diffusion.sample, tiny(8, 8, Z, V=5), masks[:, :16])
+def test_longer_sequences_are_written_window_by_window():
+    m, masks = tiny(8, 2, Z=0, V=5), torch.full((4, 20), 5)         # windows of 4 blocks, 2 new
+    long = diffusion.sample(m, masks, 2, temperature=0.0)
+    for first in (0, 4, 8, 12):                                     # no noise: each is `sample`
+        window = masks[:, :8].clone()
+        window[:, :4] = long[:, first : first + 4] if first else 5
+        again = diffusion.sample(m, window, 2, temperature=0.0)
+        assert (again == long[:, first : first + 8]).all() and (again < 5).all()
+    model = Recorder(2)
+    model.seq_len = 8
+    diffusion.sample(model, masks)
+    zs = [torch.cat([before, z], dim=1) for _, z, (_, before), _ in model.calls[3::2]]
+    for old, new in itertools.pairwise(zs):                         # given blocks keep their z
+        assert (old[:, 2:] == new[:, :2]).all()
+    assert len(zs) == 4 and len(model.calls) == 10
+    refused("with one block", diffusion.sample, tiny(8, 8, V=5), masks[:, :16])
 
 
 def test_a_device_without_float64_is_sent_none(monkeypatch):
