@@ -128,10 +128,9 @@ def tiny(L=4, r=2, Z=3, V=3, seed=0, **kw):
     return m.eval()
 
 
-def changed(a, b, r):
-    """Which blocks of (1, L, ...) tensors differ by more than rounding -> list of block numbers."""
-    d = (a - b).abs().flatten(2).amax(-1)[0].view(-1, r).amax(-1)
-    return (d > 1e-5).nonzero().flatten().tolist()
+def changed(a, b):
+    """Which blocks of (1, K, ...) tensors differ by more than rounding -> list of block numbers."""
+    return ((a - b).abs().flatten(2).amax(-1)[0] > 1e-5).nonzero().flatten().tolist()
 
 
 def moved(xt, x0, z, b, r):
@@ -158,23 +157,31 @@ LOOPED = [("adaln", 1), ("shared", 1), ("add", 1), ("adaln", 2), ("shared", 2)]
 
 # ---- what depends on what
 
-@pytest.mark.parametrize("conditioning, pooling", [
-    ("adaln", "mean"), ("shared", "gated"), ("add", "mean")])
+@pytest.mark.parametrize("conditioning, pooling, prior", [
+    ("adaln", "mean", "block"), ("shared", "gated", "noised"), ("add", "mean", "standard"),
+    ("add", "mean", "aggregate")])
 @pytest.mark.parametrize("r", [1, 2, 3])
-def test_blocks_depend_only_on_what_eq_7_lets_them(conditioning, pooling, r):
+def test_blocks_depend_only_on_what_eq_7_and_their_prior_let_them(conditioning, pooling, prior, r):
     L, K, V = 6, 6 // r, 3
-    m = tiny(L, r, conditioning=conditioning, pooling=pooling)
+    m = tiny(L, r, conditioning=conditioning, pooling=pooling, prior=prior)
     x0, z = torch.randint(V, (1, L), generator=gen(1)), torch.randn(1, K, 3, generator=gen(2))
     xt = torch.where(torch.arange(L) % 2 == 0, V, x0)
-    logits, posterior = m.decode(xt, x0, z), torch.cat(m.encode(xt, x0), -1)
+
+    def outputs(xt, x0, z):
+        q, p = m.encode(xt, x0), m.prior(xt, x0, z)
+        return [m.decode(xt, x0, z).view(1, K, -1), torch.cat(q, -1), torch.cat(p, -1)]
+    before = outputs(xt, x0, z)
     for b in range(K):
-        noisy, other, latent = moved(xt, x0, z, b, r)
-        later, onward = list(range(b + 1, K)), list(range(b, K))
-        assert changed(logits, m.decode(noisy, x0, z), r) == [b]            # x_t^b moves b only,
-        assert changed(logits, m.decode(xt, other, z), r) == later          # x_0^b later blocks,
-        assert changed(logits, m.decode(xt, x0, latent), r) == onward       # z^b b and later;
-        assert changed(posterior, torch.cat(m.encode(noisy, x0), -1), 1) == [b]     # z^b reads
-        assert changed(posterior, torch.cat(m.encode(xt, other), -1), 1) == onward  # x_0^{<=b}
+        none, own, later, onward = [], [b], list(range(b + 1, K)), list(range(b, K))
+        reads = dict(noised=(own, later, none), block=(none, none, later))
+        reads = reads.get(prior, (none, none, none))
+        noisy, clean, latent = moved(xt, x0, z, b, r)
+        for inputs, want in (                            # blocks of decoder, encoder, prior that
+                ((noisy, x0, z), [own, own, reads[0]]),          # read x_t^b,
+                ((xt, clean, z), [later, onward, reads[1]]),     # x_0^b,
+                ((xt, x0, latent), [onward, none, reads[2]])):   # z^b
+            assert [*map(changed, before, outputs(*inputs))] == want
+    assert prior != "standard" or (m.prior(xt, x0, z)[0] == 0).all()
 
 
 @pytest.mark.parametrize("conditioning, loops", LOOPED)
@@ -518,21 +525,6 @@ def test_iwae_weights_of_several_blocks_are_those_of_the_sampler(prior):
     x = diffusion.sample(m, torch.full((n, 2), 3), 1, temperature=1.0, generator=gen(99))
     share = torch.bincount(x[:, 0] * 3 + x[:, 1], minlength=9).double() / n
     assert ((share - p).abs() < 4.5 * (share * (1 - share) / n + variance).sqrt()).all()
-
-
-def test_priors_depend_on_what_they_may():
-    x0, z = torch.randint(3, (1, 6)), torch.randn(1, 3, 3)
-    xt = torch.where(torch.arange(6) % 2 == 0, 3, x0)
-    for prior in network.PRIOR:
-        m = tiny(6, 2, prior=prior)
-        base = torch.cat(m.prior(xt, x0, z), -1)                           # (1, K, 2 Z)
-        for b in range(3):
-            later = list(range(b + 1, 3))
-            reads = dict(noised=([b], later, []), block=([], [], later)).get(prior, ([], [], []))
-            noisy, clean, latent = moved(xt, x0, z, b, 2)
-            for inputs, want in zip(((noisy, x0, z), (xt, clean, z), (xt, x0, latent)), reads):
-                assert changed(base, torch.cat(m.prior(*inputs), -1), 1) == want
-    assert (tiny(6, 2).prior(xt, x0, z)[0] == 0).all()
 
 
 @pytest.mark.parametrize("idle", [[1], [0, 1]])
