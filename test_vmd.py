@@ -549,7 +549,8 @@ def test_kl_is_that_of_the_chain_of_priors(prior, kind, idle):
         else:
             q, p = normal(mu[:, b], logvar[:, b]), normal(p_mu, p_logvar)
             kls.append(kl_divergence(q, p).sum(-1))
-    _, recon, kl = objective(m, x0, noise, kind, given=given)
+    loss, recon, kl = objective(m, x0, noise, kind, 0.25, given)
+    assert_close(loss, recon + 0.25 * kl)
     assert_close(kl, sum(kls) / (0.5 if kind == "vmd" else 1))
     ce = diffusion.token_nats(m.decode(torch.where(masked, 3, x0), x0, z), x0)
     assert_close(recon, (ce * masked).sum(1) / 0.5)
@@ -696,14 +697,6 @@ def test_gradients_by_finite_differences(kind, conditioning, pooling, prior):
         for p in params:
             p.data += h * p.grad / size
         assert_close((ends[0] - ends[1]) / (2 * h), size, rtol=0.02, atol=1e-3)
-
-
-def test_kl_weight_multiplies_the_kl_alone():
-    m, x0, noise = tiny(), torch.randint(3, (8, 4)), draw_noise(8, 4, 2, 3)
-    loss, recon, kl = objective(m, x0, noise, kl_weight=0.25)
-    assert_close(loss, recon + 0.25 * kl)
-    assert_close(recon, objective(m, x0, noise, kl_weight=4.0)[1])
-    refused("neither vmd nor nelbo", objective, m, x0, noise, "elbo")
 
 
 def test_times_are_stratified():
@@ -931,11 +924,12 @@ def test_the_latent_buys_the_joint_in_one_step():
     assert abs(baseline["acc"] - 0.1) < 0.01 and abs(baseline["kl"] - LN10) < 0.1
 
 
-def test_sampler_refuses_what_it_does_not_know():
+def test_sampler_and_objective_refuse_what_they_do_not_know():
     model, masks = Recorder(2), torch.full((1, 2), 5)
     for kw in (dict(remask="best"), dict(latent="some"), dict(nfe=0), dict(temperature=-1.0)):
         refused(str(*kw.values()), diffusion.sample, model, masks, **kw)
     refused("block size", diffusion.sample, model, torch.full((1, 3), 5))
+    refused("neither vmd nor nelbo", objective, model, masks, kind="elbo")
 
 
 # ---- data
