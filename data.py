@@ -987,9 +987,12 @@ def show(x, vocab_size, vocab=None):
 def texts(x, vocab_size, vocab=None):
     """As `show`, but a list of strings with line breaks as they are."""
     names = [*(vocab or map(str, range(vocab_size))), "_"]
-    if vocab is None or "[CLS]" in vocab:                # ## goes on with a word
-        return [" ".join(names[v] for v in row).replace(" ##", "") for row in x.tolist()]
-    return ["".join(names[v] for v in row) for row in x.tolist()]
+    words = vocab is None or "[CLS]" in vocab
+    out = []
+    for row in x.tolist():
+        text = (" " if words else "").join(names[v] for v in row)
+        out.append(text.replace(" ##", "") if words else text)           # ## goes on with a word
+    return out
 
 
 def encode(text, vocab, vocab_size=None, blank="_"):

@@ -141,8 +141,9 @@ def load_judge(a, ckpt):
         import transformers
         tokenizer = transformers.AutoTokenizer.from_pretrained(a.gen_ppl)
         lm = transformers.AutoModelForCausalLM.from_pretrained(a.gen_ppl).to(a.device).eval()
-    except (ImportError, OSError, ValueError) as e:      # first of all: pip install transformers
-        raise ValueError(f"cannot load {a.gen_ppl} with transformers: {one_line(e)}") from None
+    except (ImportError, OSError, ValueError) as e:
+        raise ValueError(f"cannot load {a.gen_ppl}: {one_line(e)} (--gen-ppl needs transformers: "
+                         "pip install transformers)") from None
 
     def judged(x):
         texts = data.texts(x, len(ckpt["vocab"]), ckpt["vocab"])

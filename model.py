@@ -200,7 +200,8 @@ def two_streams(K, r, depth, device):
     def attend(chunks, q, k, v):
         y = []
         for queries, parts, mask in chunks:
-            keys, values = (torch.cat([u[:, :, at] for at in parts], dim=2) for u in (k, v))
+            keys = torch.cat([k[:, :, at] for at in parts], dim=2)
+            values = torch.cat([v[:, :, at] for at in parts], dim=2)
             y.append(F.scaled_dot_product_attention(q[:, :, queries], keys, values, mask))
         return torch.cat(y, dim=2)
 

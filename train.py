@@ -75,7 +75,7 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
     "beyond the paper": dict(
         loops=(1, count, "times that the decoder's layers run; training has the mean of the losses "
                "after each, evaluation the last"),
-        places=(True, bool, "sudoku boards: embed a cell's row, column and box; --no-places: "
+        places=(True, bool, "sudoku boards, one block: embed row, column and box; --no-places: "
                 "the cell itself"),
         latent_dropout=(0.0, share, "probability that a sequence, or a block, trains without z; "
                         "blocks that keep it then train all masked, for one step"),
