@@ -358,11 +358,6 @@ def sampler_noise(B, K, r, Z, draws, generator, device):
     return eps.to(device), picks.float().to(device), u, order.float().to(device)
 
 
-def revealed(masks, n, N):
-    """How many of so many masks step n of N..1 unmasks: floor(M (n-1)/N) are left after it."""
-    return masks * n // N - masks * (n - 1) // N
-
-
 def draw_z(model, x, zs, eps, pick, guess=None):
     """R draws of z^b from the prior or, given a guess of x_0, from the encoder -> (B, R, Z).
 
@@ -418,20 +413,20 @@ def _sample(model, x, noise, rivals, nfe, remask, temperature, latent, on_step):
     rival_eps, rival_picks, _, choice = rivals
     cache = model.new_cache() if hasattr(model, "decode_block") else None
     zs = eps[:, :0, 0] if eps.shape[-1] else None        # (B, b, Z), of the blocks so far
-    counts = (x == V).view(len(x), -1, r).sum(-1).T.tolist()     # R = 1: all that is read back
-    for b, masks in enumerate(counts):                   # masks: M of each row
+    counts = (x == V).view(len(x), -1, r).sum(-1).T.cpu()        # R = 1: all that is read back
+    for b, M in enumerate(counts):                       # M (B,): masks of each row
         at, guess = slice(b * r, (b + 1) * r), None
         block, so_far = x[:, at], x[:, : (b + 1) * r]    # views: x is filled in place
-        M = (block == V).sum(1)
         if zs is not None:
             z = draw_z(model, so_far, zs, eps[:, b, :1], picks[:, b, :1])
             if rival_eps.shape[2]:                       # R > 1
                 z = choose_z(model, so_far, zs, z, rival_eps[:, b], rival_picks[:, b], choice[:, b])
             zs = torch.cat([zs, z], dim=1)
         for i, n in enumerate(range(nfe, 0, -1)):
-            if not any(revealed(m, n, nfe) for m in set(masks)):
+            due = M * n // nfe - M * (n - 1) // nfe      # what this step unmasks
+            if not due.any():
                 continue
-            masked, due = block == V, revealed(M, n, nfe)
+            masked, due = block == V, due.to(x.device)
             if i and zs is not None and latent != "fixed":
                 before, z = zs[:, :b], zs[:, b:]
                 new = draw_z(model, so_far, before, eps[:, b, i, None], picks[:, b, i, None], guess)
