@@ -415,36 +415,36 @@ def _sample(model, x, noise, rivals, nfe, remask, temperature, latent, on_step):
     zs = eps[:, :0, 0] if eps.shape[-1] else None        # (B, b, Z), of the blocks so far
     counts = (x == V).view(len(x), -1, r).sum(-1).T.cpu()        # R = 1: all that is read back
     for b, M in enumerate(counts):                       # M (B,): masks of each row
-        at, guess = slice(b * r, (b + 1) * r), None
-        block, so_far = x[:, at], x[:, : (b + 1) * r]    # views: x is filled in place
-        if zs is not None:
-            z = draw_z(model, so_far, zs, eps[:, b, :1], picks[:, b, :1])
+        so_far, before, guess = x[:, : (b + 1) * r], zs, None
+        block = so_far[:, -r:]                           # views: x is filled in place
+        if before is not None:
+            z = draw_z(model, so_far, before, eps[:, b, :1], picks[:, b, :1])
             if rival_eps.shape[2]:                       # R > 1
-                z = choose_z(model, so_far, zs, z, rival_eps[:, b], rival_picks[:, b], choice[:, b])
-            zs = torch.cat([zs, z], dim=1)
+                z = choose_z(model, so_far, before, z, rival_eps[:, b], rival_picks[:, b],
+                             choice[:, b])
+            zs = torch.cat([before, z], dim=1)
         for i, n in enumerate(range(nfe, 0, -1)):
             due = M * n // nfe - M * (n - 1) // nfe      # what this step unmasks
             if not due.any():
                 continue
-            masked, due = block == V, due.to(x.device)
-            if i and zs is not None and latent != "fixed":
-                before, z = zs[:, :b], zs[:, b:]
+            due = due.to(x.device)
+            if i and before is not None and latent != "fixed":
                 new = draw_z(model, so_far, before, eps[:, b, i, None], picks[:, b, i, None], guess)
                 z = torch.where(due[:, None, None] > 0, new, z)          # others keep theirs
                 zs = torch.cat([before, z], dim=1)
             if cache is not None:
                 logits = model.decode_block(so_far, zs, cache)           # (B, r, V)
             else:
-                logits = model.decode(so_far, so_far, zs)[:, at]
+                logits = model.decode(so_far, so_far, zs)[:, -r:]
             score = order[:, b]
             if remask != "random":
                 score = confidence(logits.softmax(-1), remask)
-            rank = score.masked_fill(~masked, -1).argsort(dim=1, descending=True, stable=True)
-            rank = rank.argsort(dim=1)                                   # 0 for the highest score
-            reveal = masked & (rank < due[:, None])
+            score = score.masked_fill(block < V, -1)     # below all that are masked
+            first_to_last = score.argsort(dim=1, descending=True, stable=True)
+            reveal = first_to_last.argsort(dim=1) < due[:, None]         # the rank, from 0
             block.copy_(torch.where(reveal, draw_tokens(logits, temperature, u[:, b]), block))
             if on_step:
                 on_step()
             if latent == "encoder":                      # x_0-hat
-                guess = so_far.clone()
-                guess[:, at] = torch.where(block == V, logits.argmax(-1), block)
+                filled = torch.where(block == V, logits.argmax(-1), block)
+                guess = torch.cat([so_far[:, :-r], filled], dim=1)
