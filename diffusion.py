@@ -334,13 +334,12 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     out = []
     for part in x.split(batch_size or B):
         part = part.clone()
-        noise = sampler_noise(len(part), K, r, Z, draws, generator, x.device)
-        rivals = sampler_noise(len(part), K, 1, Z, latent_draws - 1, second, x.device)
+        noise = [*sampler_noise(len(part), K, r, Z, draws, generator, x.device),
+                 *sampler_noise(len(part), K, 1, Z, latent_draws - 1, second, x.device)]
         for first in range(0, max(1, K - keep), size - keep):
             blocks, window = slice(first, first + size), slice(first * r, (first + size) * r)
-            _sample(model, part[:, window], [v[:, blocks] for v in noise],
-                    [v[:, blocks] for v in rivals], nfe, remask, temperature, latent,
-                    (lambda: on_step(part.clone())) if on_step else None)
+            _sample(model, part[:, window], [v[:, blocks] for v in noise], nfe, remask, temperature,
+                    latent, (lambda: on_step(part.clone())) if on_step else None)
         out.append(part)
     return torch.cat(out)
 
@@ -374,24 +373,23 @@ def draw_z(model, x, zs, eps, pick, guess=None):
     return mu + (0.5 * logvar).exp() * eps
 
 
-def choose_z(model, x, zs, z, eps, pick, choice):
-    """In rows with given tokens in block b, one of R latents; z elsewhere -> (B, 1, Z).
+def choose_z(model, x, zs, candidates, choice):
+    """In rows with given tokens in block b, one of R latents; elsewhere the first -> (B, 1, Z).
 
     Sampling importance resampling (Rubin 1988): a latent is kept in proportion to the probability
     of the given tokens, each read off the fully masked block, so that R draws of p(z^b) become one
     of p(z^b | given). (It is no use where training never masked these tokens.) x (B, b r) ids, zs
-    (B, b - 1, Z); z (B, 1, Z) is the first candidate, eps (B, R - 1, Z) and pick (B, R - 1) are the
-    noise of the others, choice (B, 1) is uniform. R evaluations, one after the other. Beyond the
-    paper.
+    (B, b - 1, Z), candidates (B, R, Z) drawn from p(z^b), choice (B, 1) uniform. R evaluations,
+    one after the other; none if R = 1. Beyond the paper.
     """
-    r, V = model.block_size, model.vocab_size
+    z, r, V = candidates[:, :1], model.block_size, model.vocab_size
+    if candidates.shape[1] == 1:
+        return z
     given = (x[:, -r:] < V).sum(1)
     rows = ((given > 0) & (given < r)).nonzero()[:, 0]
     if len(rows) == 0:
         return z
-    x, zs = x[rows], zs[rows]
-    rivals = draw_z(model, x, zs, eps[rows], pick[rows])
-    candidates = torch.cat([z[rows], rivals], dim=1)             # (n, R, Z)
+    x, zs, candidates = x[rows], zs[rows], candidates[rows]      # of n rows
     block, hidden = x[:, -r:], x.clone()
     hidden[:, -r:] = V
     log_p = []
@@ -405,12 +403,13 @@ def choose_z(model, x, zs, z, eps, pick, choice):
     return z.index_copy(0, rows, candidates.gather(1, chosen))
 
 
-def _sample(model, x, noise, rivals, nfe, remask, temperature, latent, on_step):
-    """Fills x (B, L) in place. noise, rivals: of `sampler_noise`, the second, with r = 1, of the
-    rivals of each block's first z and, as its last part, of the choice among them."""
+def _sample(model, x, noise, nfe, remask, temperature, latent, on_step):
+    """Fills x (B, L) in place. noise: of `sampler_noise`, and once more, with r = 1, of the rivals
+    of each block's first z and, as its last part, of the choice among them."""
     V, r = model.vocab_size, model.block_size
-    eps, picks, u, order = noise
-    rival_eps, rival_picks, _, choice = rivals
+    eps, picks, u, order, rival_eps, rival_picks, _, choice = noise
+    first_eps = torch.cat([eps[:, :, :1], rival_eps], dim=2)             # (B, K, R, Z)
+    first_picks = torch.cat([picks[:, :, :1], rival_picks], dim=2)       # (B, K, R)
     cache = model.new_cache() if hasattr(model, "decode_block") else None
     zs = eps[:, :0, 0] if eps.shape[-1] else None        # (B, b, Z), of the blocks so far
     counts = (x == V).view(len(x), -1, r).sum(-1).T.cpu()        # R = 1: all that is read back
@@ -418,10 +417,8 @@ def _sample(model, x, noise, rivals, nfe, remask, temperature, latent, on_step):
         so_far, before, guess = x[:, : (b + 1) * r], zs, None
         block = so_far[:, -r:]                           # views: x is filled in place
         if before is not None:
-            z = draw_z(model, so_far, before, eps[:, b, :1], picks[:, b, :1])
-            if rival_eps.shape[2]:                       # R > 1
-                z = choose_z(model, so_far, before, z, rival_eps[:, b], rival_picks[:, b],
-                             choice[:, b])
+            candidates = draw_z(model, so_far, before, first_eps[:, b], first_picks[:, b])
+            z = choose_z(model, so_far, before, candidates, choice[:, b])
             zs = torch.cat([before, z], dim=1)
         for i, n in enumerate(range(nfe, 0, -1)):
             due = M * n // nfe - M * (n - 1) // nfe      # what this step unmasks
