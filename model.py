@@ -362,8 +362,7 @@ class VMD(nn.Module):
 
     def blocks(self, x):
         """(B, L') -> (B, L'/r, r); L' is a multiple of r."""
-        assert x.shape[1] % self.block_size == 0, f"length {x.shape[1]}, blocks {self.block_size}"
-        return x.view(x.shape[0], -1, self.block_size)
+        return x.unflatten(1, (-1, self.block_size))
 
     def encode(self, xt, x0):
         """q(z^b | x_t^b, x_0^{<=b}). xt, x0 (B, L) ids -> mu, logvar (B, K, Z) float32."""
@@ -397,7 +396,7 @@ class VMD(nn.Module):
         x = self.blocks(xt)                                      # (B, K, r)
         K, condition = x.shape[1], None if z is None else self.conditioner(z)
         if keep is not None:
-            condition = condition * keep.view(*keep.shape, *[1] * (condition.dim() - 2))
+            condition = (condition.flatten(2) * keep[..., None]).view_as(condition)
         if K > 1:                                                # 2K - 1 blocks, clean ones first
             x = torch.cat([self.blocks(x0)[:, :-1], x], dim=1)
             condition = None if z is None else torch.cat([condition[:, :-1], condition], dim=1)
