@@ -148,12 +148,12 @@ class Stack(nn.Module):
         self.place = nn.Embedding(int(numbers.max()) + 1, D)
         self.layers = nn.ModuleList(Layer(D, H) for _ in range(layers))
 
-    def forward(self, h, block, attends, mods=None):
+    def forward(self, h, block, attend, mods=None):
         """h (B, S, r, D), block (S,) their numbers -> states after each loop, each (B, S', r, D).
 
-        S': blocks that the last attend answers for. attends: a function for each layer of each
-        loop, see `Layer`; mods: a tensor for each layer, or one for all; None: zeros. From the
-        second loop on the input is added again (Bansal et al. 2022, Yang et al. 2023).
+        attend(i, q, k, v): that of `Layer`, for the i-th layer to run; S': blocks that it answers
+        for in the last. mods: a tensor for each layer, or one for all; None: zeros. From the second
+        loop on the input is added again (Bansal et al. 2022, Yang et al. 2023).
         """
         r, D = h.shape[2:]
         place = self.place(self.numbers).sum(1) / self.numbers.shape[1] ** 0.5   # variance of one
@@ -163,17 +163,17 @@ class Stack(nn.Module):
         mods = mods or [h.new_zeros(1, 1, 1, 1, 1)]
         layers = len(self.layers)
         states = []
-        for i, attend in enumerate(attends):
+        for i in range(self.depth):
             if i > 0 and i % layers == 0:                # another loop
                 states.append(h)
                 h = h + start
-            h = self.layers[i % layers](h, mods[i % len(mods)], rope, attend)
+            h = self.layers[i % layers](h, mods[i % len(mods)], rope, partial(attend, i))
         states.append(h)
-        return [state[:, -h.shape[1] :] for state in states]     # the last attend leaves S'
+        return [state[:, -h.shape[1] :] for state in states]     # the last layer leaves S'
 
 
 def two_streams(K, r, depth, device):
-    """Training: K - 1 clean blocks stand before K noisy ones -> block numbers, `attends`.
+    """Training: K - 1 clean blocks stand before K noisy ones -> block numbers, `attend`.
 
     A clean block sees clean blocks up to itself; a noisy block sees clean blocks before it, and
     itself. The last layer answers for noisy blocks only: nobody reads the clean ones after it.
@@ -181,7 +181,7 @@ def two_streams(K, r, depth, device):
     """
     block = torch.arange(K, device=device)
     if K == 1:
-        return block, [F.scaled_dot_product_attention] * depth
+        return block, lambda i, q, k, v: F.scaled_dot_product_attention(q, k, v)
     of = block.repeat_interleave(r)                      # the block of each token
     clean_len, size = (K - 1) * r, max(1, CHUNK // r) * r
     # chunks of whole blocks, each: where its queries are, where its keys, who sees whom
@@ -197,16 +197,15 @@ def two_streams(K, r, depth, device):
             clean_upto = of[:end] <= of[first:end, None]
             clean.append((slice(first, end), [slice(end)], clean_upto))
 
-    def attend(chunks, q, k, v):
+    def attend(i, q, k, v):
         y = []
-        for queries, parts, mask in chunks:
+        for queries, parts, mask in noisy if i == depth - 1 else clean + noisy:
             keys = torch.cat([k[:, :, at] for at in parts], dim=2)
             values = torch.cat([v[:, :, at] for at in parts], dim=2)
             y.append(F.scaled_dot_product_attention(q[:, :, queries], keys, values, mask))
         return torch.cat(y, dim=2)
 
-    attends = [partial(attend, clean + noisy)] * (depth - 1) + [partial(attend, noisy)]
-    return torch.cat([block[:-1], block]), attends
+    return torch.cat([block[:-1], block]), attend
 
 
 class Cache:
@@ -217,24 +216,20 @@ class Cache:
         self.blocks = 0                                  # this many blocks
         self.z, self.conditions = None, []               # the latest z; conditioning of its blocks
 
-    def attends(self, S, r):
-        """S new blocks, the last one noisy, each see the cached ones and the new up to themselves.
+    def attend(self, r, i, q, k, v):
+        """New blocks of r, the last one noisy, each see the cached ones and the new up to theirs.
 
-        The last layer answers for the noisy block only.
+        As `Stack` calls it. The last layer answers for the noisy block only.
         """
-        start, depth = self.blocks * r, len(self.kv)
-        end, of = start + S * r, torch.arange(self.blocks + S, device=self.kv.device)
-        of = of.repeat_interleave(r)
-        mask = None if S == 1 else of <= of[start:, None]
-
-        def attend(i, q, k, v):
-            self.kv[i, 0, :, :, start:end], self.kv[i, 1, :, :, start:end] = k, v
-            k, v = self.kv[i, :, :, :, :end]
-            if i == depth - 1:
-                return F.scaled_dot_product_attention(q[:, :, -r:], k, v)
-            return F.scaled_dot_product_attention(q, k, v, mask)
-
-        return [partial(attend, i) for i in range(depth)]
+        start, end = self.blocks * r, self.blocks * r + q.shape[2]
+        self.kv[i, 0, :, :, start:end], self.kv[i, 1, :, :, start:end] = k, v
+        k, v = self.kv[i, :, :, :, :end]
+        if i == len(self.kv) - 1:
+            q = q[:, :, -r:]
+        if q.shape[2] == r:                              # the noisy block sees all
+            return F.scaled_dot_product_attention(q, k, v)
+        of = torch.arange(end, device=q.device) // r     # the block of each token
+        return F.scaled_dot_product_attention(q, k, v, of <= of[start:, None])
 
 
 class Encoder(nn.Module):
@@ -425,12 +420,11 @@ class VMD(nn.Module):
             cache.z, cache.conditions = z, known + [self.conditioner(u) for u in new]
         condition = None if z is None else torch.cat(cache.conditions[-S:], dim=1)
         block = torch.arange(cache.blocks, b, device=x.device)
-        attends = cache.attends(S, c.block_size)
-        logits = self.logits(x[:, -S:], condition, block, attends)
+        logits = self.logits(x[:, -S:], condition, block, partial(cache.attend, c.block_size))
         cache.blocks = b - 1
         return logits[:, 0]
 
-    def logits(self, x, condition, block, attends, every_loop=False):
+    def logits(self, x, condition, block, attend, every_loop=False):
         """x (B, S, r) ids, condition (B, S, ...) of the Conditioner or None -> (B, S', r, V).
 
         every_loop: (loops, B, S', r, V), after each.
@@ -440,7 +434,7 @@ class VMD(nn.Module):
             h = h + condition[:, :, None]
         elif condition is not None:
             mods = condition[:, :, None].unbind(3)               # each (B, S, 1, 6, D)
-        states = self.stack(h, block, attends, mods)             # each (B, S', r, D)
+        states = self.stack(h, block, attend, mods)              # each (B, S', r, D)
         h = torch.stack(states) if every_loop else states[-1]
         return self.head(norm(self.norm, h)).float()
 
