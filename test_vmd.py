@@ -730,7 +730,7 @@ def test_active_units_counts_what_moves_with_the_data():
 class Recorder:
     """A model of random logits that keeps every block it is shown; blocks of r, V = 5."""
 
-    vocab_size, latent_dim = 5, 2
+    vocab_size, latent_dim, new_cache = 5, 2, Cache
 
     def __init__(self, r):
         self.block_size, self.calls, self.encoded, self.g = r, [], [], gen(9)
@@ -739,9 +739,6 @@ class Recorder:
         self.encoded.append((xt.clone(), x0.clone()))
         shape = len(xt), xt.shape[1] // self.block_size, 2
         return torch.full(shape, 7.0), torch.full(shape, -40.0)
-
-    def new_cache(self):
-        return Cache()
 
     def decode_block(self, x, z, cache):
         before, block = x.clone().split([x.shape[1] - self.block_size, self.block_size], dim=1)
