@@ -815,15 +815,13 @@ def read_lm1b(data_dir):
     return np.memmap(train, np.uint16, "r"), np.memmap(held, np.uint16, "r"), vocab
 
 
-def character_ids(text, vocab, blank=None):
-    """Characters -> their ids (n,), unsigned; blank: its id is V. Raises ValueError."""
+def character_ids(text, vocab):
+    """Characters -> their ids (n,), unsigned. Raises ValueError."""
     V = len(vocab)
-    ids = np.full(0x110000, V + 1, np.min_scalar_type(V + 1))    # by code point; V + 1: unknown
+    ids = np.full(0x110000, V, np.min_scalar_type(V))    # by code point; V: unknown
     ids[[ord(c) for c in vocab]] = np.arange(V)
-    if blank:
-        ids[ord(blank)] = V
     ids = ids[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)]
-    unknown = ids > V
+    unknown = ids == V
     if unknown.any():
         raise ValueError(f"{text[unknown.argmax()]!r} is not among the {V} symbols of the model")
     return ids
@@ -998,31 +996,26 @@ def texts(x, vocab_size, vocab=None):
 def encode(text, vocab, vocab_size=None, blank="_"):
     """A prompt -> ids (n,) int64, mapped as the training data were; V, the mask's, for blanks.
 
-    vocab None: ids 0..vocab_size-1 between white space, as `show` prints them. blank: a character,
-    or None: there are no blanks. Raises ValueError naming what cannot be mapped.
+    vocab None: ids 0..vocab_size-1 between white space, as `show` prints them. blank: what stands
+    for one, or None: there are no blanks. Raises ValueError naming what cannot be mapped.
     """
-    if blank and len(blank) != 1:
-        raise ValueError(f"a blank is one character, not {blank!r}")
     V = vocab_size if vocab is None else len(vocab)
-    if vocab is None:
-        ids = []
-        for word in text.split():
-            known = word.isascii() and word.isdigit() and int(word) < V
-            if not known and word != blank:
-                raise ValueError(f"{word!r} is neither a blank ({blank}) nor an id in 0..{V - 1}")
-            ids.append(V if word == blank else int(word))
-        return torch.tensor(ids, dtype=torch.int64)
-    parts = text.split(blank) if blank else [text]
-    if "[CLS]" in vocab:
-        pieces = WordPiece(vocab)
-        ids = [pieces.cls]
-        for part in parts:
-            ids += [*pieces.encode(part), V]
-        return torch.tensor(ids[:-1])
-    if vocab == list(ALPHABET):
-        parts = map(to_text8, parts)
-    ids = character_ids((blank or "").join(parts), vocab, blank)
-    return torch.from_numpy(ids.astype(np.int64))
+    pieces = WordPiece(vocab) if vocab and "[CLS]" in vocab else None
+    ids = [pieces.cls] if pieces else []
+    for part in text.split(blank) if blank else [text]:
+        if vocab is None:
+            for word in part.split():
+                if not (word.isascii() and word.isdigit() and int(word) < V):
+                    raise ValueError(f"{word!r} is neither a blank ({blank}) nor an id in "
+                                     f"0..{V - 1}")
+                ids.append(int(word))
+        elif pieces:
+            ids += pieces.encode(part)
+        else:
+            part = to_text8(part) if vocab == list(ALPHABET) else part
+            ids += character_ids(part, vocab).tolist()
+        ids.append(V)                                    # a blank behind each part but the last
+    return torch.tensor(ids[:-1], dtype=torch.int64)
 
 
 # ---- what the three scripts share: flags, errors, output
