@@ -346,15 +346,13 @@ def solve(puzzles, limit=2):
     """
     n = math.isqrt(puzzles.shape[1])
     out, found = np.zeros_like(puzzles, dtype=np.uint8), np.zeros(len(puzzles), int)
-    stack = [(np.arange(len(puzzles)), to_bits(puzzles))]
+    parts = np.array_split(np.arange(len(puzzles)), len(puzzles) // 1000 + 1)     # to fit memory
+    stack = [(owner, to_bits(puzzles[owner])) for owner in parts]
     while stack:
-        owner, c = stack.pop()
-        if len(owner) > 1024:
-            stack.append((owner[1024:], c[:, :, 1024:]))
-            owner, c = owner[:1024], c[:, :, :1024].copy()
+        owner, c = stack.pop()                           # no puzzle is in it twice
         broken, solved = propagate(c)
         out[owner[solved]] = to_digits(c[:, :, solved])
-        np.add.at(found, owner[solved], 1)
+        found[owner[solved]] += 1
         on = ~broken & ~solved & (found[owner] < limit)
         owner, c = owner[on], c[:, :, on]
         cell = narrowest(c)
