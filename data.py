@@ -354,15 +354,14 @@ def solve(puzzles, limit=2):
         out[owner[solved]] = to_digits(c[:, :, solved])
         found[owner[solved]] += 1
         on = ~broken & ~solved & (found[owner] < limit)
-        owner, c = owner[on], c[:, :, on]
-        cell = narrowest(c)
-        bits = c.reshape(n * n, -1)[cell, np.arange(len(cell))]
-        for d in range(n):                               # one child for each candidate
-            has = (bits >> d & 1) == 1
-            if has.any():
-                child = c[:, :, has].copy()
-                child.reshape(n * n, -1)[cell[has], np.arange(has.sum())] = 1 << d
-                stack.append((owner[has], child))
+        if on.any():
+            owner, c = owner[on], c[:, :, on]
+            cell, b = narrowest(c), np.arange(len(owner))
+            bits = c.reshape(n * n, -1)[cell, b]
+            for guess in (bits & -bits, bits & (bits - 1)):    # its first candidate, or another
+                child = c.copy()
+                child.reshape(n * n, -1)[cell, b] = guess
+                stack.append((owner, child))
     return out, np.minimum(found, limit)
 
 
