@@ -607,15 +607,14 @@ class Sudoku:
         """Random symmetries, the same for puzzle and solution: (2, n, n n) -> (2, n, n n)."""
         n, B = self.grid, both.shape[1]
 
-        def permutations(count, size):
-            return torch.rand(B, count, size, generator=generator).argsort(-1)
+        def permutations(*shape):
+            return torch.rand(B, *shape, generator=generator).argsort(-1)
 
         def lines():
             """Old numbers (B, 9) of the new rows, or columns: threes, and within each three."""
-            return (permutations(1, 3)[:, 0, :, None] * 3 + permutations(3, 3)).view(B, 9)
+            return (permutations(3)[:, :, None] * 3 + permutations(3, 3)).view(B, 9)
 
-        label = torch.zeros(B, n + 1, dtype=torch.long)                          # 0 stays blank
-        label[:, 1:] = permutations(1, n)[:, 0] + 1
+        label = torch.nn.functional.pad(permutations(n) + 1, (1, 0))             # 0 stays blank
         if n == 9:
             rows, columns = lines(), lines()
             cell = rows[:, :, None] * 9 + columns[:, None, :]                    # (B, 9, 9)
