@@ -547,23 +547,17 @@ class Sudoku:
             raise ValueError("source shah has 9x9 boards: --grid 9")
         if [source != "generated", bool(data_path), puzzles is not None].count(True) > 1:
             raise ValueError("give one of source shah, data_path, puzzles (how many to generate)")
-        self.grid, self.cells = grid, grid**2
-        self.layout, self.clues = layout, clues
+        self.grid, self.layout, self.clues = grid, layout, clues
         self.source, self.data_path, self.data_dir = source, data_path, data_dir
         self.puzzles = 100_000 if puzzles is None else puzzles
-        prefix = layout == "prefix"
-        self.vocab_size = grid + 3 if prefix else grid + 1
-        self.seq_len = 2 * self.cells + 2 if prefix else self.cells
-        self.prefix_len = self.cells + 1 if prefix else 0
-
-    @property
-    def places(self):
-        """Of each cell of a board its row, column and box: L lists; None in the prefix layout."""
-        if self.layout == "prefix":
-            return None
-        n, (h, w) = self.grid, BOXES[self.grid]
-        return [[i, n + j, 2 * n + i // h * (n // w) + j // w]
-                for i, j in itertools.product(range(n), repeat=2)]
+        n, (h, w) = grid, BOXES[grid]
+        if layout == "prefix":
+            self.vocab_size, self.seq_len, self.prefix_len = n + 3, 2 * n * n + 2, n * n + 1
+            self.places = None
+        else:
+            self.vocab_size, self.seq_len, self.prefix_len = n + 1, n * n, 0
+            self.places = [[i, n + j, 2 * n + i // h * h + j // w]         # row, column and box
+                           for i, j in itertools.product(range(n), repeat=2)]
 
     @functools.cached_property
     def split(self):
@@ -641,7 +635,7 @@ class Sudoku:
         if self.layout == "board":
             puzzle, answer = torch.where(given, x, 0), x
         else:
-            puzzle, answer = x[:, : self.cells], x[:, self.prefix_len:-1]
+            puzzle, answer = x[:, : self.prefix_len - 1], x[:, self.prefix_len:-1]
         return puzzle, torch.where(answer > self.grid, 0, answer)
 
     def metrics(self, x, x0, given):
