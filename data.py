@@ -828,11 +828,7 @@ def text_rows(name, length=None, data_path=None, alphabet=None, vocab=None, data
     """
     if alphabet not in (None, "text8"):
         raise ValueError(f"alphabet {alphabet!r} is not text8")
-    if length is None:
-        length = 128 if name == "lm1b" else 256
-    width, ends = length - (2 if name == "lm1b" else 0), ()
-    if width < 1:
-        raise ValueError(f"length {length} is too short")
+    ends = ()
     if name == "lm1b":
         train, test, vocab = read_lm1b(data_dir)
         cut = len(train) - len(train) // 100
@@ -849,6 +845,9 @@ def text_rows(name, length=None, data_path=None, alphabet=None, vocab=None, data
         ids = character_ids(text, vocab)
         a, b = len(ids) * 90 // 100, len(ids) * 95 // 100
         splits = ids[:a], ids[a:b], ids[b:]
+    width = (length or (128 if name == "lm1b" else 256)) - len(ends)
+    if width < 1:
+        raise ValueError(f"length {length} is too short")
     chunks = [s[: len(s) // width * width].reshape(-1, width) for s in splits]
     if not all(map(len, chunks)):
         raise ValueError(f"too little text: training, validation and test need {width} tokens each "
