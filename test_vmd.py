@@ -1006,7 +1006,7 @@ def test_prompts_are_mapped_as_the_training_data_were():
     letters, text8 = list("_ab\u00e9"), list(data.ALPHABET)
     pieces = ["[UNK]", "[CLS]", "[SEP]", "ab", "c", "##c", "_"]
     for text, vocab, blank, want in (
-            ("", None, "_", []), (" 3  _", None, "_", [3, 10]), ("3 ?", None, "?", [3, 10]),
+            ("", None, "_", []), (" 3  _", None, "_", [3, 10]), ("3??", None, "??", [3, 10]),
             ("ab_\u00e9", letters, "_", [1, 2, 4, 3]), ("ab_?", letters, "?", [1, 2, 0, 4]),
             ("a_", letters, None, [1, 0]),
             ("A_ 1\u00e9x__", text8, "_", [1, 27, 0, 15, 14, 5, 0, 24, 27, 27]),
