@@ -1329,14 +1329,13 @@ def server():
     ("range", 0, [None]), ("range", 100, ["bytes=100-"]),
     ("no range", 100, ["bytes=100-"]),                       # the server sends all of it
     ("cut", 0, [None, "bytes=65536-"]),                      # requests hands on 65,536 at a time
-    ("range", 256_000, ["bytes=256000-", None]),             # nothing follows: anew
-    ("range", 512_000, ["bytes=512000-", None])])
+    ("range", 256_000, ["bytes=256000-", None])])            # nothing follows: anew
 def test_downloads_go_on_where_they_were_cut(server, tmp_path, mode, before, ranges):
     body, file, part = server.body, tmp_path / "d" / "x.npy", tmp_path / "d" / "x.npy.part"
     server.mode, good = mode, hashlib.sha256(body).hexdigest()
     if before:
         part.parent.mkdir()
-        part.write_bytes((body + body)[:before])
+        part.write_bytes(body[:before])
     if mode == "cut":
         with pytest.raises(OSError):
             data.download(server.url, file, good)
