@@ -1707,7 +1707,7 @@ def test_what_is_not_finite_stops_training_and_the_last_good_checkpoint_stays(
         bad = next(calls) == 5
         return [v * (f if bad else 1) for v, f in zip(plain(*args), factors)]
     monkeypatch.setattr(train, "objective", poisoned)
-    monkeypatch.setattr(train, "evaluate", lambda *a, **k: dict(loss=1.0, active=[1]))
+    monkeypatch.setattr(train, "evaluate", lambda *a: (dict(loss=1.0, active=[1]), {}))
     kept = fast(tmp_path, status=1)
     out = capsys.readouterr().out
     assert f"not finite in steps 5 to 6; what {tmp_path} holds is from before" in out
@@ -1768,8 +1768,8 @@ def test_the_latent_learns_pairs_and_the_baseline_cannot(tmp_path):
 
 def test_best_is_not_overwritten_by_worse(tmp_path, monkeypatch):
     losses = iter([2.0, 1.0, 3.0])
-    monkeypatch.setattr(train, "evaluate", lambda *a, **k: dict(loss=next(losses, 9.0), active=[1],
-                                                                sampled_acc=0.0, sampled_kl=0.0))
+    monkeypatch.setattr(train, "evaluate", lambda *a: (dict(loss=next(losses, 9.0), active=[1]),
+                                                        dict(acc=0.0, kl=0.0)))
     assert fast(tmp_path, "--eval-every 2")["step"] == 6
     best = weights(tmp_path, "best.pt")
     assert best["step"] == 4 and best["best"] == 1.0

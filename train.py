@@ -282,11 +282,12 @@ def update_average(ema, model, decay, step):
 
 
 @torch.no_grad()
-def evaluate(model, ds, a, samples=None):
-    """Validation loss at the final KL weight, active latent units, scores of samples (sampled_...).
+def evaluate(run, samples=None):
+    """Validation loss at the final KL weight and active latent units; scores of samples: two dicts.
 
-    Nats per sequence. Own seeds: training's random streams are not touched. model: in eval mode.
+    Nats per sequence. Own seeds: training's random streams are not touched.
     """
+    a, ds, model = run.a, run.ds, run.ema.eval()
     g, gd = torch.Generator().manual_seed(1), torch.Generator(a.device).manual_seed(2)
     x0, given = ds.batch(min(EVAL_SEQUENCES, max(64, 2**16 // ds.seq_len)), g, "valid")
     x0, given = x0.to(a.device), given.to(a.device)
@@ -297,15 +298,16 @@ def evaluate(model, ds, a, samples=None):
         terms.append(objective(model, x0[at], noise[at], a.objective, a.kl_weight, given[at],
                                a.latent_dropout))
     loss, recon, kl = (torch.cat(v).mean().item() for v in zip(*terms))
-    out = dict(loss=loss, recon=recon, kl=kl, active=active_units(model, x0, given=given).tolist())
+    active = active_units(model, x0, given=given).tolist()
+    losses = dict(loss=loss, recon=recon, kl=kl, active=active)
     if not ds.scored:
-        return out
+        return losses, {}
     how = data.SCORING[ds.name]
     x0, given = ds.batch(samples or max(1, min(EVAL_SEQUENCES, how["num"] // 5)), g, "valid")
     start = torch.where(given, x0, ds.vocab_size)
     x = sample(model, start.to(a.device), how["nfe"], how["remask"], generator=g,
                batch_size=max(a.batch_size, 2**16 // ds.seq_len)).cpu()
-    return out | {f"sampled_{k}": v for k, v in ds.metrics(x, x0, given).items()}
+    return losses, ds.metrics(x, x0, given)
 
 
 @dataclass
@@ -315,7 +317,7 @@ class Run:
     a: argparse.Namespace  # settings
     ds: object  # dataset
     model: VMD
-    ema: VMD | None  # averaged weights
+    ema: VMD  # averaged weights, which are evaluated; with --ema 0 the model itself
     opt: torch.optim.Optimizer
     streams: dict  # random generators of data and noise
     step: int = 0  # steps done
@@ -330,7 +332,7 @@ class Run:
         state = dict(
             version=CHECKPOINT_VERSION, args=vars(self.a), config=asdict(self.model.config),
             vocab=self.ds.vocab, model=self.model.state_dict(),
-            ema=self.ema.state_dict() if self.ema else None, optimizer=self.opt.state_dict(),
+            ema=self.ema.state_dict() if self.a.ema else None, optimizer=self.opt.state_dict(),
             rng={k: g.get_state() for k, g in self.streams.items()}, step=self.step,
             best=self.best, seconds=self.seconds)
         path = Path(self.a.out) / name
@@ -345,7 +347,7 @@ class Run:
         """Goes on where the checkpoint was written."""
         self.model.load_state_dict(ckpt["model"])
         self.opt.load_state_dict(ckpt["optimizer"])
-        if self.ema:
+        if self.a.ema:
             self.ema.load_state_dict(ckpt["ema"])
         for k, g in self.streams.items():
             g.set_state(ckpt["rng"][k])
@@ -381,7 +383,7 @@ def setup(a, ckpt, world):
     opt = torch.optim.AdamW(trained, lr=a.lr, weight_decay=a.weight_decay, fused=True)
     streams = {"data": torch.Generator().manual_seed(2 * a.seed),
                "noise": torch.Generator(a.device).manual_seed(2 * a.seed + 1)}
-    run = Run(a, ds, model, copy.deepcopy(model) if a.ema else None, opt, streams)
+    run = Run(a, ds, model, copy.deepcopy(model) if a.ema else model, opt, streams)
     if ckpt:
         run.load(ckpt)
     return run
@@ -469,9 +471,9 @@ def announce(run):
 
 def assess(run, log):
     """Evaluates and keeps the best checkpoint -> whether the latent, if there is one, is idle."""
-    judged = run.ema or run.model
-    result = evaluate(judged.eval(), run.ds, run.a)
-    judged.train(judged is run.model)
+    losses, scores = evaluate(run)
+    run.model.train()                                    # with --ema 0 it was run.ema
+    result = losses | {f"sampled_{k}": v for k, v in scores.items()}
     shown = [f"{k} {v:.4f}" for k, v in result.items() if isinstance(v, float)]
     units = result["active"]
     if run.a.latent_dim:
@@ -538,7 +540,7 @@ def train(a, ckpt, rank, world):
             noise = draw_noise(*x0.shape, model.block_size, model.latent_dim,
                                a.objective_steps, a.t_min, run.streams["noise"], a.device)
             sums += optimise(run, loss_fn, x0, given, noise, kl_weight, lr, rank, world)
-            if run.ema:
+            if a.ema:
                 update_average(run.ema, model, a.ema, step)
 
             done = run.step = step + 1
@@ -559,8 +561,8 @@ def train(a, ckpt, rank, world):
             now = time.time()
             run.seconds = now - start
             if rank == 0 and saves:                      # before anything is printed
-                if a.latent_dim and a.prior == "aggregate":
-                    fill_bank(run.ema or model, ds, a)
+                if a.prior == "aggregate":
+                    fill_bank(run.ema, ds, a)
                 run.save("last.pt")
             if logs:
                 rate = (done - logged) * a.batch_size * ds.seq_len / (now - since)
@@ -592,16 +594,14 @@ def independent(ds, n=20_000):
 def report(run):
     """The closing lines: scores of samples; of synthetic data, beside independent tokens'."""
     a, ds, last = run.a, run.ds, Path(run.a.out) / "last.pt"
-    model = (run.ema or run.model).eval()
     print(f"trained {a.steps} steps in {timedelta(seconds=run.seconds // 1)}; checkpoint {last}")
     if not ds.scored:
         print(f"samples: python sample.py --ckpt {last}; bounds: eval.py")
         return
     how = data.SCORING[ds.name]
-    scores = evaluate(model, ds, a, how["num"])
-    rows = {"this model" if model.latent_dim else "this baseline":
-            {k.removeprefix("sampled_"): v for k, v in scores.items() if k.startswith("sampled_")}}
-    if ds.entropy is not None and model.block_size == ds.seq_len:
+    _, scores = evaluate(run, how["num"])
+    rows = {"this model" if a.latent_dim else "this baseline": scores}
+    if ds.entropy is not None and run.model.block_size == ds.seq_len:
         rows["independent tokens"] = independent(ds)
     print(f"samples ({how['num']:,} at most), NFE {how['nfe']} per block, {how['remask']}")
     for name, metrics in rows.items():
