@@ -1797,8 +1797,7 @@ def test_the_collapse_message_comes_once_and_its_advice_works(tmp_path, monkeypa
             ("", "lower --kl-start or --kl-weight"), ("--preset paper", "add --kl-start 1e-3"),
             ("--dataset sudoku", "z is not used, and need not be"),
             ("--dataset sudoku --clues 2", "the README's boards without clues")):
-        a = train.parse(flags.split())[0]
-        assert advice in train.explain_idle_latent(a, data.load(a.dataset)), flags
+        assert advice in train.explain_idle_latent(train.parse(flags.split())[0]), flags
 
 
 # ---- scripts, as users run them

@@ -485,14 +485,14 @@ def assess(run, log):
     return run.a.latent_dim > 0 and sum(units) == 0
 
 
-def explain_idle_latent(a, ds):
+def explain_idle_latent(a):
     """What it means that no latent unit is active, and what to do about it."""
-    if ds.name == "sudoku" and a.clues is None:
+    if a.dataset == "sudoku" and a.clues is None:
         return ("  z is not used, and need not be: a puzzle with one solution leaves nothing for it"
                 " to say")
     advice = "add --kl-start 1e-3" if a.kl_start == a.kl_weight else (
         "lower --kl-start or --kl-weight, or let the ramp end later (--kl-ramp)")
-    if ds.name == "sudoku" and a.preset == "small":
+    if a.dataset == "sudoku" and a.preset == "small":
         advice = "see the flags of the README's boards without clues"
     return (f"  the latent has collapsed: no unit is active, z says nothing. Where given tokens "
             f"decide all others that is right; else {advice}")
@@ -573,7 +573,7 @@ def train(a, ckpt, rank, world):
             if rank == 0 and saves and not stopped:
                 if assess(run, log) and not idle:
                     idle = True
-                    log(explain_idle_latent(a, ds))
+                    log(explain_idle_latent(a))
             since += time.time() - now                   # none of this counts as training
             if stopped:
                 log(f"stopped at step {done}; --resume --out {out} goes on")
