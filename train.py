@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -152,8 +152,6 @@ PRESETS = {  # what --preset and --prior change of FLAGS: for all data, then for
         "text": dict(kl_weight=1.0, full_mask_share=0.0)},
 }
 
-NETWORK = ("width", "heads", "layers", "loops", "encoder_layers", "latent_dim", "latent_hidden",
-           "conditioning", "pooling", "prior", "bank")   # settings that are fields of Config
 LATENT_PARTS = ("encoder.", "conditioner.", "prior_net.", "bank")    # the baseline lacks these
 FREE_ON_RESUME = {"resume", "out", "data_path", "data_dir", "device", "compile", "log_every",
                   "eval_every", "grad_accum"}
@@ -368,10 +366,11 @@ def setup(a, ckpt, world):
     ds.about                                             # reads the data
     if world > 1 and not local:
         dist.barrier()
-    one_block = a.block_size in (0, ds.seq_len)
-    config = Config(ds.vocab_size, ds.seq_len, a.block_size or ds.seq_len,
-                    prefix_len=ds.prefix_len, places=ds.places if a.places and one_block else None,
-                    **{k: getattr(a, k) for k in NETWORK if hasattr(a, k)})  # else its default
+    r = a.block_size or ds.seq_len
+    known = vars(a) | dict(vocab_size=ds.vocab_size, seq_len=ds.seq_len, block_size=r,
+                           prefix_len=ds.prefix_len,
+                           places=ds.places if a.places and r == ds.seq_len else None)
+    config = Config(**{f.name: known[f.name] for f in fields(Config) if f.name in known})
     if ckpt and asdict(config) != ckpt["config"]:
         raise ValueError(f"data or network differ from what was trained on: {ckpt['config']}")
     model = VMD(config).to(a.device)
