@@ -869,7 +869,10 @@ def load_array(path):
 
 @contextlib.contextmanager
 def whole(path):
-    """Opens a file to write to. A kill at any moment leaves the old file, or the new one whole."""
+    """Opens a file to write to. A kill at any moment leaves the old file, or the new one whole.
+
+    Raises OSError, on a full disk for instance; the old file stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -878,6 +881,9 @@ def whole(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError) as e:                 # torch.save wraps an OSError
+        why = e.__context__ or e
+        raise OSError(f"cannot write {path}: {why}; what was there stays") from None
     finally:
         part.unlink(missing_ok=True)
 

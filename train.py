@@ -29,8 +29,7 @@ from torch import nn
 import data
 from data import TEXT, count, natural, number, positive, share
 from diffusion import active_units, draw_noise, objective, sample
-from model import (CHECKPOINT_VERSION, CONDITIONING, PRIOR, VMD, Config, load_checkpoint, one_line,
-                   usable)
+from model import CHECKPOINT_VERSION, CONDITIONING, PRIOR, VMD, Config, load_checkpoint, usable
 
 FLAGS = {  # group: flag=(default, type or choices, help). The defaults are those of --preset small
     "data": dict(
@@ -323,23 +322,15 @@ class Run:
     seconds: float = 0.0  # spent so far
 
     def save(self, name):
-        """Writes a checkpoint so that a kill at any moment leaves the old file or the new one.
-
-        Raises OSError, on a full disk for instance; the old file stays.
-        """
+        """Writes a checkpoint, whole or not at all. Raises OSError."""
         state = dict(
             version=CHECKPOINT_VERSION, args=vars(self.a), config=asdict(self.model.config),
             vocab=self.ds.vocab, model=self.model.state_dict(),
             ema=self.ema.state_dict() if self.a.ema else None, optimizer=self.opt.state_dict(),
             rng={k: g.get_state() for k, g in self.streams.items()}, step=self.step,
             best=self.best, seconds=self.seconds)
-        path = Path(self.a.out) / name
-        try:
-            with data.whole(path) as f:
-                torch.save(state, f)
-        except (OSError, RuntimeError) as e:             # torch.save wraps an OSError
-            why = one_line(e.__context__ or e)
-            raise OSError(f"cannot write {path}: {why}; what was there stays") from None
+        with data.whole(Path(self.a.out) / name) as f:
+            torch.save(state, f)
 
     def load(self, ckpt):
         """Goes on where the checkpoint was written."""
