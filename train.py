@@ -260,7 +260,7 @@ def optimise(run, loss_fn, x0, given, noise, kl_weight, lr, rank, world):
     group = run.opt.param_groups[0]                      # the only one
     if world > 1:                                        # that of the whole batch, in one message
         grads = [p.grad for p in group["params"]]
-        mean = summed(nn.utils.parameters_to_vector(grads), world) / world
+        mean = averaged(nn.utils.parameters_to_vector(grads), world)
         nn.utils.vector_to_parameters(mean, grads)
     norm = nn.utils.clip_grad_norm_(group["params"], a.clip or math.inf)
     group["lr"] = lr
@@ -438,12 +438,12 @@ def stop_signals():
             signal.signal(s, handler)
 
 
-def summed(x, world):
-    """x, summed over all processes."""
+def averaged(x, world):
+    """x, averaged over all processes."""
     x = x.clone()
     if world > 1:
         dist.all_reduce(x)
-    return x
+    return x / world
 
 
 def announce(run):
@@ -536,14 +536,14 @@ def train(a, ckpt, rank, world):
             done = run.step = step + 1
             stopped = bool(stop)
             if world > 1:                                # all stop after the same step
-                stopped = done % 10 == 0 and summed(torch.tensor(len(stop), device=a.device),
-                                                    world) > 0
+                asked = torch.tensor(len(stop), device=a.device)
+                stopped = done % 10 == 0 and averaged(asked, world) > 0
             ending = stopped or done == a.steps
             saves = ending or done % a.eval_every == 0
             logs = ending or done % a.log_every == 0 or step == begin
             if not saves and not logs:
                 continue                                 # nothing is read back from the device
-            loss, recon, kl, norm = (summed(sums, world) / world / (done - logged)).tolist()
+            loss, recon, kl, norm = (averaged(sums, world) / (done - logged)).tolist()
             if not math.isfinite(loss + recon + kl + norm):
                 log(f"the loss or its gradient is not finite in steps {logged + 1} to {done}; what "
                     f"{out} holds is from before; try a lower --lr or a --clip")
