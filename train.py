@@ -186,14 +186,13 @@ def parse(argv=None):
         ckpt = load_checkpoint(Path(first.out) / "last.pt")[1]
         if "optimizer" not in ckpt:
             raise ValueError(f"{first.out}/last.pt holds a model only: it cannot be resumed")
-        parser.set_defaults(**ckpt["args"])
+        parser.set_defaults(**ckpt["args"] | {"out": first.out})     # it may have been moved
     else:
         kind = "text" if first.dataset in TEXT else first.dataset
         for name in (first.preset, first.prior):
             changes = PRESETS.get(name, {})
             parser.set_defaults(**changes.get("all", {}) | changes.get(kind, {}))
     a = parser.parse_args(argv)
-    a.out = first.out                                    # a run may have been moved
     check(a, ckpt)
     return a, ckpt
 
