@@ -31,7 +31,6 @@ from diffusion import (LATENT, REMASK, active_units, default_temperature, draw_n
                        objective, sample)
 from model import VMD, Config, load_checkpoint, one_line, usable
 
-SHADES = " ░▒▓█"
 PERCENT = ("acc", "cond_acc", "exact", "valid", "cell", "distinct4")
 SETTINGS = ("nfe", "remask", "temperature", "latent", "num")  # of a row; the others are metrics
 T_MIN = 1e-5  # of the bounds
@@ -301,10 +300,8 @@ def heat_map(truth, generated, encoding="utf-8"):
 
     Where the encoding of the terminal lacks the block characters there are plainer ones.
     """
-    shades = SHADES
-    try:
-        shades.encode(encoding)
-    except UnicodeEncodeError:
+    shades = " ░▒▓█"
+    if b"?" in shades.encode(encoding, "replace"):
         shades = " .:+#"
 
     def cell(p):
