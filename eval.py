@@ -322,7 +322,7 @@ def print_results(result, ds):
     for r in result["rows"]:
         line = f"{r['nfe']:>4} {r['remask']:>7} {r['temperature']:>5g} {r['latent']:>9}"
         for c in columns:
-            percent = c.removesuffix("_se").removesuffix("_sd") in PERCENT
+            percent = c.removesuffix("_se") in PERCENT
             line += f" {r[c]:>9.2%}" if percent else f" {r[c]:>9.4f}"
         print(line)
     if result["bounds"]:
