@@ -517,12 +517,12 @@ def train(a, ckpt, rank, world):
 
     loss_fn = torch.compile(objective) if a.compile else objective
     begin, idle = run.step, False
-    start, since = time.time() - run.seconds, time.time()
-    sums, logged = torch.zeros(4, device=a.device), begin    # since the last line, and its step
+    start = time.time() - run.seconds
     with stop_signals() as stop:
         if rank == 0 and ckpt and (begin % ckpt["args"]["eval_every"] == 0 or begin == a.steps):
             assess(run, log)                             # a kill may have cut it off
-            since = time.time()
+        since, logged = time.time(), begin               # of the last line: when, and its step
+        sums = torch.zeros(4, device=a.device)           # since then
         for step in range(begin, a.steps):
             kl_weight, lr = kl_weight_at(step, a), lr_at(step, a)
             x0, given = ds.batch(a.batch_size, run.streams["data"])  # every process draws all rows
