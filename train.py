@@ -572,11 +572,11 @@ def train(a, ckpt, rank, world):
     return 0
 
 
-def independent(ds, n=20_000):
+def independent(ds):
     """Metrics of the product of the true marginals, the best that one step without z can do."""
-    x, _ = ds.batch(n, torch.Generator().manual_seed(2), "test")
+    x, _ = ds.batch(20_000, torch.Generator().manual_seed(2), "test")
     g = torch.Generator().manual_seed(3)
-    shuffled = [column[torch.randperm(n, generator=g)] for column in x.unbind(1)]
+    shuffled = [column[torch.randperm(len(x), generator=g)] for column in x.unbind(1)]
     return ds.metrics(torch.stack(shuffled, dim=1))
 
 
