@@ -2106,7 +2106,8 @@ def test_readme_examples_run_beside_the_files_they_import(trained, tmp_path):
 
 def test_readme_commands_parse(tmp_path):
     """Those that a shell makes of the README's, loops and variables included."""
-    shell = 'python() { printf "%s\\0" "$@"; echo; }; torchrun() { python "$@"; }; zcat() { :; }\n'
+    shell = ('python() { printf "%s\\0" "$@"; echo; }; torchrun() { python "$@"; }\n'
+             'qqwing() { :; }; zcat() { :; }\n')
     commands = []
     for block in re.findall(r"(?:^    .*\n)+", (HERE / "README.md").read_text(), re.M):
         if re.search(r"^ *(python|torchrun) .*\.py", block, re.M):
