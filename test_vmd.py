@@ -390,8 +390,11 @@ def exact(model, x0, kind, steps, eps):
     return total
 
 
-def per_block(model, x0, masked, hidden, e):
-    """Cross entropy of the masked tokens and KL of each block, (B, K) each, for noise e (K, Z)."""
+def per_block(model, x0, masked, hidden, e, *keep):
+    """Cross entropy of the masked tokens and KL of each block, (B, K) each, for noise e (K, Z).
+
+    The encoder sees as masked what is `hidden`.
+    """
     B, V, r = len(x0), model.vocab_size, model.block_size
     z, kl = None, torch.zeros(B, x0.shape[1] // r)
     if model.latent_dim:
@@ -400,7 +403,7 @@ def per_block(model, x0, masked, hidden, e):
         # q = p where nothing is masked
         z = torch.where(active[..., None], mu + torch.exp(logvar / 2) * e, e)
         kl = kl_divergence(normal(mu, logvar), Normal(0.0, 1.0)).sum(-1) * active
-    logits = model.decode(torch.where(masked, V, x0), x0, z)
+    logits = model.decode(torch.where(masked, V, x0), x0, z, *keep)
     logp = logits.log_softmax(-1).gather(2, x0[..., None])[..., 0]
     return (-logp * masked).view(B, -1, r).sum(-1), kl
 
@@ -586,25 +589,19 @@ def test_a_dropped_block_pays_no_kl_and_does_not_see_its_latent(conditioning):
     dropped, other = m.decode(xt, x0, z, keep), z + torch.tensor([0.0, 1, 0])[:, None]
     assert_close(dropped, m.decode(xt, x0, other, keep), rtol=0, atol=0)
     assert (dropped - m.decode(xt, x0, z)).abs().max() > 1e-3
-    noise, seen, decode = draw_noise(8, 6, 2, 3, generator=gen(1)), [], m.decode
+    noise = draw_noise(8, 6, 2, 3, generator=gen(1))
     noise.t[:], noise.u[:, ::2] = 0.5, 0.1               # something masked in each block, not all
     noise.u[:, 1::2] = 0.9
-    full, plain = (objective(m, x0, noise, dropout=p)[2] for p in (1.0, 0.0))
-    assert (full == 0).all() and (plain > 0).all()
-    m.decode = lambda *args: seen.append(args[0]) or decode(*args)
-    noise.drop[:] = 0.9
-    noise.drop[[0, 2], 0] = 0.1                          # rows 0 and 2 whole,
-    noise.drop[4, 1] = 0.1                               # one block of row 4
-    _, recon, kl = objective(m, x0, noise, dropout=0.5)
-    noise.t[:] = 1                                       # the blocks that keep z are all masked
-    _, want, one_step = objective(m, x0, noise)
-    kept = [1, 3, 5, 6, 7]
-    assert_close(kl[kept], one_step[kept]), assert_close(recon[kept], want[kept])
-    assert (kl[[0, 2]] == 0).all() and 0 < kl[4] < one_step[4]
-    dropped = torch.isin(torch.arange(8), torch.tensor([0, 2]))[:, None].repeat(1, 3)
-    dropped[4, 1] = True
-    hidden = (seen[0] == 3).view(8, 3, 2)
-    assert (hidden.sum(2) == torch.where(dropped, 1, 2)).all()
+    noise.drop[:] = 0.3
+    noise.drop[[0, 2, 4], 0] = 0.1                       # rows 0 and 2 whole, of row 4 one block,
+    noise.drop[[1, 5], 1] = 0.1                          # of row 1 none, of row 5 one
+    keep = torch.ones(8, 3, dtype=torch.bool)
+    keep[[0, 2]] = keep[4, 0] = keep[5, 1] = False
+    t = torch.where(keep, 1.0, 0.5)                      # the blocks that keep z are all masked
+    masked = noise.u < t.repeat_interleave(2, 1)
+    ce, every_kl = per_block(m, x0, masked, masked, noise.eps, keep)
+    _, recon, kl = objective(m, x0, noise, dropout=0.2)
+    assert_close(recon, (ce / t).sum(1)), assert_close(kl, (every_kl * keep).sum(1))
 
 
 def test_without_a_latent_every_model_is_its_decoder_alone():
@@ -615,14 +612,13 @@ def test_without_a_latent_every_model_is_its_decoder_alone():
 
 
 def test_full_mask_share_gives_those_rows_the_z_of_the_fully_masked_encoder():
-    m, x0, seen = tiny(4, 2), torch.randint(3, (8, 4)), []
-    encode = m.encode
-    m.encode = lambda xt, x0: seen.append(xt) or encode(xt, x0)
-    noise = draw_noise(8, 4, 2, 3, generator=gen(0))
-    for share in (0.5, 0):
-        objective(m, x0, noise, full_mask_share=share)
-    half, none = seen
-    assert (half[:4] == 3).all() and (half[4:] == none[4:]).all() and (none[:4] < 3).any()
+    m, x0, noise = tiny(4, 2), torch.randint(3, (8, 4)), draw_noise(8, 4, 2, 3, generator=gen(0))
+    masked = noise.u < noise.t.repeat_interleave(2, 1)
+    hidden = masked | (torch.arange(8)[:, None] < 4)         # from the encoder, of the first half
+    assert (hidden[:4] > masked[:4]).any() and not hidden[4:].all()
+    ce, every_kl = per_block(m, x0, masked, hidden, noise.eps)
+    _, recon, kl = objective(m, x0, noise, full_mask_share=0.5)
+    assert_close(recon, (ce / noise.t).sum(1)), assert_close(kl, (every_kl / noise.t).sum(1))
 
 
 def test_given_tokens_choose_z_from_its_posterior():
