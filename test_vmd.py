@@ -435,8 +435,7 @@ def test_without_latents_the_bounds_have_known_values():
 
 
 @pytest.mark.parametrize("L, r, Z", [(3, 3, 2), (4, 2, 2), (4, 4, 0), (4, 1, 2)])
-@pytest.mark.parametrize("kind, steps", [("vmd", None), ("nelbo", None), ("nelbo", 1),
-                                         ("nelbo", 2), ("nelbo", 4), ("vmd", 2)])
+@pytest.mark.parametrize("kind, steps", [("vmd", None), ("vmd", 2), ("nelbo", None), ("nelbo", 4)])
 @torch.no_grad()
 def test_monte_carlo_agrees_with_the_sum_over_all_masks(L, r, Z, kind, steps):
     m, g, n = tiny(L, r, Z, layers=1), gen(3), 40_000
