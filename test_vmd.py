@@ -213,7 +213,7 @@ def test_cached_logits_equal_uncached_ones(conditioning, loops, r, Z):
 def one_sequence(m, xt, x0, z):
     """`VMD.decode` as BD3-LM's code does it: [x_t ; x_0], 2 L tokens, a dense 2 L x 2 L mask."""
     (B, L), r, c = x0.shape, m.block_size, m.config
-    block, D, d = torch.arange(L) // r, c.width, c.width // c.heads
+    block, d = torch.arange(L) // r, c.width // c.heads
     of, clean = torch.cat([block, block]), torch.arange(2 * L) >= L
     own = ~clean[:, None] & ~clean & (of[:, None] == of)
     before = clean & (of < of[:, None] + clean[:, None])                 # clean: its own as well
@@ -224,15 +224,12 @@ def one_sequence(m, xt, x0, z):
             h, mods = h + mods, None
         else:
             mods = mods.expand(-1, -1, c.layers, -1, -1)
-    angle = (torch.arange(L).repeat(2)[:, None] * 10000.0 ** (-torch.arange(0, d, 2) / d))[:, None]
-    turn = torch.polar(torch.ones_like(angle), angle)                    # (2 L, 1, d/2)
+    angle = torch.arange(L).repeat(2)[:, None] * 10000.0 ** (-torch.arange(0, d, 2) / d)
+    turn = torch.polar(torch.ones_like(angle), angle)                    # (2 L, d/2)
 
-    def rope(x):                                                         # (B, 2 L, H, d)
+    def rope(x):                                                         # (B, H, 2 L, d)
         x = torch.complex(*(a.contiguous() for a in x.chunk(2, -1))) * turn
         return torch.cat([x.real, x.imag], -1)
-
-    def ln(layer, x):
-        return F.layer_norm(x, (D,), layer.weight, eps=layer.eps)
     start = h
     for i in range(c.loops * c.layers):
         layer = m.stack.layers[i % c.layers]
@@ -240,12 +237,12 @@ def one_sequence(m, xt, x0, z):
             h = h + start
         ada = layer.ada if mods is None else layer.ada + mods[:, :, i % c.layers]
         g1, b1, a1, g2, b2, a2 = ada.unbind(-2)
-        q, k, v = layer.qkv(ln(layer.norm1, h) * (1 + g1) + b1).view(B, 2 * L, 3, -1, d).unbind(2)
-        score = torch.einsum("bihd,bjhd->bhij", rope(q), rope(k)) / math.sqrt(d)
-        p = score.masked_fill(~(own | before), -math.inf).softmax(-1)
-        h = h + a1 * layer.out(torch.einsum("bhij,bjhd->bihd", p, v).flatten(2))
-        h = h + a2 * layer.mlp(ln(layer.norm2, h) * (1 + g2) + b2)
-    return m.head(ln(m.norm, h[:, :L]))
+        qkv = layer.qkv(layer.norm1(h) * (1 + g1) + b1).view(B, 2 * L, 3, -1, d)
+        q, k, v = qkv.transpose(1, 3).unbind(2)                          # each (B, H, 2 L, d)
+        y = F.scaled_dot_product_attention(rope(q), rope(k), v, own | before)
+        h = h + a1 * layer.out(y.transpose(1, 2).flatten(2))
+        h = h + a2 * layer.mlp(layer.norm2(h) * (1 + g2) + b2)
+    return m.head(m.norm(h[:, :L]))
 
 
 @pytest.mark.parametrize("conditioning, loops", LOOPED)
