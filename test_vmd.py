@@ -422,8 +422,6 @@ def test_nelbo_is_a_bound_and_the_printed_value_is_not():
 def test_without_latents_the_bounds_have_known_values():
     m, x0 = PerfectPairs(0), PAIRS.repeat(10_000, 1)
     for steps, want in ((1, 2 * LN10), (2, 1.5 * LN10), (None, LN10)):
-        bound = exact(m, PAIRS, "nelbo", steps, torch.zeros(1, 1, 0))
-        assert_close(bound.mean().item(), want, rtol=1e-4, atol=0)
         noise = draw_noise(100_000, 2, 2, 0, steps, 1e-5, gen(1))
         nelbo, printed = (objective(m, x0, noise, kind)[0] for kind in ("nelbo", "vmd"))
         assert_close(nelbo.mean().item(), want, rtol=0.01, atol=0)
