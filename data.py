@@ -17,7 +17,8 @@ Every dataset has
     batch               (n, generator, split) -> x0 (n, L) ids, given (n, L) bool: tokens that are
                         never masked; split: train, valid (to choose a model by), test (to report)
     metrics             (x, x0, given) -> scores of samples x drawn for test sequences x0
-At the end stands what the three scripts share. Imports nothing of this project: copy it.
+At the end stands what the three scripts share, flags and errors. Imports nothing of this project:
+copy it.
 """
 
 import argparse
@@ -62,7 +63,7 @@ SCORING = dict.fromkeys(SYNTHETIC, dict(
 KL_FLOOR = 1e-12  # least generated probability; the paper's 25.3 is log(0.1 / 1e-12)
 
 
-def pick(have, n, split, generator=None):
+def choose_rows(have, n, split, generator=None):
     """n numbers below `have`: to train on drawn with replacement, else different ones, or all."""
     if split == "train":
         return torch.randint(have, (n,), generator=generator)
@@ -168,7 +169,7 @@ class Rows:
     def batch(self, n, generator=None, split="train"):
         """n rows, of train with replacement, else different ones -> x0, given, each (n, L)."""
         rows = self.splits[split]
-        at = pick(len(rows), n, split, generator).numpy()
+        at = choose_rows(len(rows), n, split, generator).numpy()
         x = torch.from_numpy(rows[at].astype(np.int64))
         if self.ends:
             first, last = (torch.full_like(x[:, :1], i) for i in self.ends)
@@ -219,7 +220,7 @@ def array_rows(data_path, vocab_size=None, prefix_len=0):
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # rows and columns of a box of an n x n board
 LAYOUTS = ("prefix", "board")
 SOURCES = ("generated", "shah")
-CHUNK = 512  # boards generated at a time
+BOARDS_AT_ONCE = 512  # generated together
 GENERATOR_VERSION = 1  # part of the name of cached puzzles: raise it when the generator changes
 SHAH_URL = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
 SHAH = (  # id and file name of training and test puzzles
@@ -309,8 +310,8 @@ def dig(solution, rng):
     """
     n, B = len(solution), solution.shape[2]
     clues, everything = solution.reshape(n * n, B).copy(), np.uint16(2**n - 1)
-    for cell in rng.permuted(np.tile(np.arange(n * n)[:, None], (1, B)), axis=0):
-        b = np.arange(B)
+    for cells in rng.permuted(np.tile(np.arange(n * n)[:, None], (1, B)), axis=0):
+        cell, b = cells, np.arange(B)
         digit = clues[cell, b]
         c = np.where(clues, clues, everything)
         c[cell, b] = everything
@@ -331,11 +332,11 @@ def generate(n, count):
     """
     out = []
     with tqdm(total=count, desc=f"generating {n}x{n} puzzles", unit="puzzle", disable=None) as bar:
-        for i in range(0, count, CHUNK):                 # a larger count begins with the same ones
+        for i in range(0, count, BOARDS_AT_ONCE):        # a larger count begins with the same ones
             rng = np.random.default_rng([GENERATOR_VERSION, 0, i])
-            grids = random_grids(n, CHUNK, rng)
+            grids = random_grids(n, BOARDS_AT_ONCE, rng)
             out.append(np.stack([dig(grids, rng), to_digits(grids)]))
-            bar.update(min(CHUNK, count - i))
+            bar.update(min(BOARDS_AT_ONCE, count - i))
     return np.concatenate(out, axis=1)[:, :count]
 
 
@@ -390,10 +391,10 @@ def held_out(solutions):
     return (np.concatenate(keys) >> np.uint64(40)) % np.uint64(20) == 0
 
 
-def refuse(bad, kind, numbers, why):
+def refuse(bad, where, numbers, why):
     """Raises ValueError naming the first row of bad (N,) bool: "x.csv, line 4: why"."""
     if bad.any():
-        raise ValueError(f"{kind} {numbers[bad.argmax()]}: {why}")
+        raise ValueError(f"{where} {numbers[bad.argmax()]}: {why}")
 
 
 def read_shah(path):
@@ -421,7 +422,7 @@ def read_shah(path):
     return both
 
 
-NO_CELL = re.compile(r"[^\d._*xX]")  # in a board of any size
+FOREIGN = re.compile(r"[^\d._*xX]")  # to a board of any size
 TEXT_FILE = dict(encoding="utf-8-sig", errors="replace")
 BLANKS = bytes.maketrans(b"._*xX", b"00000")
 
@@ -435,23 +436,25 @@ def read_boards(lines, n, name):
     its solution, 0 where there is none. Lines with other letters are titles, other signs are
     nothing but space. Raises ValueError naming the first line that is wrong.
     """
-    size, no_cell = n * n, re.compile(rf"[^0-{n}._*xX]")
+    size, foreign = n * n, re.compile(rf"[^0-{n}._*xX]")
     numbers, cells = [], bytearray()
     puzzle = solution = ""
+    # "the end" is a line that has no place in a board that is not finished
     for number, line in enumerate(itertools.chain(lines, ["the end"]), 1):
         words = re.findall(r"[\w.*]+", line)
-        boards = [w for w in words if len(NO_CELL.sub("", w)) > size / 2]   # or meant to be
+        boards = [w for w in words if len(FOREIGN.sub("", w)) > size / 2]   # or meant to be
         row, before = "".join(words), len(puzzle)
-        half = len(row) // 2 if len(row) in (2 * n, 2 * size) else len(row)
-        left, right = row[:half], row[half:]
         if boards:
             left, right = boards[0], "".join(boards[1:2])
-        elif NO_CELL.search(row) and not puzzle:         # a title
+        elif FOREIGN.search(row) and not puzzle:         # a title
             continue
+        else:
+            half = len(row) // 2 if len(row) in (2 * n, 2 * size) else len(row)
+            left, right = row[:half], row[half:]
         if left and not puzzle:
             numbers.append(number)
         puzzle, solution = puzzle + left, solution + right
-        if (no_cell.search(left + right) or len(left) not in (0, n, size) or len(puzzle) > size
+        if (foreign.search(left + right) or len(left) not in (0, n, size) or len(puzzle) > size
                 or len(solution) not in (0, len(puzzle))):
             raise ValueError(f"{name}, line {number}: {line.strip()[:40]!r} has no place after "
                              f"{before} cells: a {n}x{n} puzzle has {size}, in rows of {n} or in "
@@ -503,7 +506,7 @@ def puzzles_to_solve(text, n):
     return puzzles
 
 
-def cached_puzzles(n, count, data_dir=".data"):
+def cached_puzzles(n, count, data_dir):
     """`generate`, kept in data_dir under version and count."""
     path = Path(data_dir) / f"sudoku{n}x{n}-v{GENERATOR_VERSION}-seed0-{count}.npy"
     if not path.exists():
@@ -570,7 +573,7 @@ class Sudoku:
 
     def part(self, i):
         """Training (0) or test puzzles (1) and their solutions: (2, N, n n) uint8."""
-        if self.source == "generated":
+        if self.source != "shah":
             return torch.from_numpy(self.split[i])
         id_, file = SHAH[i]
         path = download(SHAH_URL.format(id_), Path(self.data_dir) / file)
@@ -589,7 +592,7 @@ class Sudoku:
     def batch(self, n, generator=None, split="train"):
         """n puzzles, augmented if for training -> x0 (n, L) int64, given (n, L) bool."""
         both = self.train_set if split == "train" else self.test_set
-        both = both[:, pick(both.shape[1], n, split, generator)].long()
+        both = both[:, choose_rows(both.shape[1], n, split, generator)].long()
         if split == "train":
             both = self.augment(both, generator)
         return self.tokens(*both, generator)
@@ -644,11 +647,15 @@ class Sudoku:
         puzzle, answer = self.boards(x, given)
         solution = self.boards(x0, given)[1]
         blank = puzzle == 0
-        legal = ~torch.from_numpy(violations(answer.numpy()).any(1))
-        kept = (blank | (answer == puzzle)).all(1)
         wrong = ((answer != solution) & blank).sum(1)
-        return mean_and_error(exact=(answer == solution).all(1), valid=legal & kept,
+        return mean_and_error(exact=(answer == solution).all(1), valid=solved(puzzle, answer),
                               cell=1 - wrong.double() / blank.sum(1).clamp(min=1))
+
+
+def solved(puzzle, answer):
+    """Which answers keep the rules and the clues of their puzzles, both (n, n n) -> (n,) bool."""
+    legal = ~torch.from_numpy(violations(answer.numpy()).any(1))
+    return legal & ((puzzle == 0) | (answer == puzzle)).all(1)
 
 
 def draw_boards(puzzle, answer, new=False):
@@ -929,27 +936,27 @@ def download(url, path, sha256=None):
 
 # ---- by name, and as text
 
-def load(name, vocab=None, **given):
-    """Dataset by name; given: its OPTIONS, None: the default; vocab: of a text, a checkpoint's.
+def load(name, vocab=None, **options):
+    """Dataset by name; options: its OPTIONS, None: the default; vocab: of a text, a checkpoint's.
 
     Raises ValueError on an unknown name, an option of another dataset or an impossible value.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset {name!r} is not one of {', '.join(DATASETS)}")
-    given = {k: v for k, v in given.items() if v is not None}
-    for k in given:
+    options = {k: v for k, v in options.items() if v is not None}
+    for k in options:
         if k not in OPTIONS.get(name, ()):
             owners = ", ".join(d for d in OPTIONS if k in OPTIONS[d]) or "no dataset"
             raise ValueError(f"{k} is an option of {owners}, not of {name}")
-    if name in ("array", "text") and not given.get("data_path"):
+    if name in ("array", "text") and not options.get("data_path"):
         raise ValueError(f"dataset {name} needs --data-path FILE")
     if name in SYNTHETIC:
-        return synthetic(name, **given)
+        return synthetic(name, **options)
     if name == "array":
-        return array_rows(**given)
+        return array_rows(**options)
     if name == "sudoku":
-        return Sudoku(**given)
-    return text_rows(name, vocab=vocab, **given)
+        return Sudoku(**options)
+    return text_rows(name, vocab=vocab, **options)
 
 
 def reload(ckpt, model, **changes):
@@ -958,11 +965,11 @@ def reload(ckpt, model, **changes):
     Raises ValueError if its L or V is not that of the model.
     """
     name = ckpt["args"]["dataset"]
-    given = {k: ckpt["args"].get(k) for k in OPTIONS.get(name, ())}
-    given |= {k: v for k, v in changes.items() if v is not None}
+    options = {k: ckpt["args"].get(k) for k in OPTIONS.get(name, ())}
+    options |= {k: v for k, v in changes.items() if v is not None}
     if name == "array":
-        given["vocab_size"] = model.vocab_size
-    ds = load(name, ckpt["vocab"], **given)
+        options["vocab_size"] = model.vocab_size
+    ds = load(name, ckpt["vocab"], **options)
     if (ds.seq_len, ds.vocab_size) != (model.seq_len, model.vocab_size):
         raise ValueError(f"the data has L {ds.seq_len}, V {ds.vocab_size}; the checkpoint wants "
                          f"{model.seq_len}, {model.vocab_size}")
@@ -1044,10 +1051,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def parser(script, doc, **options):
+def parser(name, doc, **options):
     """An argument parser that says in one line what is wrong."""
-    p = argparse.ArgumentParser(prog=script, description=doc, formatter_class=Help, **options)
-    p.error = lambda message: p.exit(2, f"{script}: {message}; see --help\n")
+    p = argparse.ArgumentParser(prog=name, description=doc, formatter_class=Help, **options)
+    p.error = lambda message: p.exit(2, f"{name}: {message}; see --help\n")
     return p
 
 

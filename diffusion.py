@@ -17,7 +17,7 @@ It may offer
     seq_len                                     the longest sequence it reads; else any
     prior(xt, x0, z) -> mu, logvar (B, K, Z)    p(z^b | x_t^b, x_0^{<b}, z^{<b}); else N(0, I)
     prior_reads_z                               true if that prior depends on z^{<b}
-    mixture                                     (2, K, S, Z), means and log variances of S Gaussians
+    mixture                                     (2, K, J, Z), means and log variances of J Gaussians
                                                 whose mean is p(z^b), in place of prior; or None
     new_cache(), decode_block(x, z, cache)      decode(x, x, z) of the last block, (B, r, V), with
                                                 a cache of the blocks before it; else `decode`
@@ -94,26 +94,26 @@ def log_normal(z, mu, logvar):
 
 
 def component(mixture, pick):
-    """The Gaussians of a mixture (2, K, S, Z) that pick, uniform, chooses -> (2, *pick.shape, Z).
+    """The Gaussians of a mixture (2, K, J, Z) that pick, uniform, chooses -> (2, *pick.shape, Z).
 
     pick (B, K) or, from the mixture of one block, (B, R).
     """
-    K, S = mixture.shape[1:3]
+    K, J = mixture.shape[1:3]
     block = torch.arange(K, device=pick.device)
-    return mixture[:, block, (pick * S).long().clamp(max=S - 1)]
+    return mixture[:, block, (pick * J).long().clamp(max=J - 1)]
 
 
 def log_mixture(z, mixture):
-    """log p(z^b) of a mixture (2, K, S, Z), each of S Gaussians 1/S: z (B, K, Z) -> (B, K) nats.
+    """log p(z^b) of a mixture (2, K, J, Z), each of J Gaussians 1/J: z (B, K, Z) -> (B, K) nats.
 
     float64, as it expands squares; on the CPU where a device lacks it (Apple's mps).
     """
     work = "cpu" if z.device.type == "mps" else z.device
     out = []
     for v, (mu, logvar) in zip(z.to(work).double().unbind(1), mixture.to(work).double().unbind(1)):
-        precision = (-logvar).exp()                              # (S, Z); v (B, Z)
+        precision = (-logvar).exp()                              # (J, Z); v (B, Z)
         constant = (mu**2 * precision + logvar + math.log(2 * math.pi)).sum(-1)
-        square = v**2 @ precision.T - 2 * v @ (mu * precision).T + constant      # (B, S)
+        square = v**2 @ precision.T - 2 * v @ (mu * precision).T + constant      # (B, J)
         out.append((-0.5 * square).logsumexp(1) - math.log(len(mu)))
     return torch.stack(out, dim=1).to(z)
 
@@ -152,7 +152,7 @@ def draw_latent(model, xt, x0, eps, pick, active, closed_form=True):
     if not model.latent_dim:
         return None, torch.zeros(active.shape, device=active.device)
     K, mixture = eps.shape[1], getattr(model, "mixture", None)
-    encoded = model.encode(xt, x0)
+    encoded = model.encode(xt, x0)                       # as q and p: mean and log variance
     z = encoded[0] + (0.5 * encoded[1]).exp() * eps
     chain = getattr(model, "prior_reads_z", False) and not active.all()
     for _ in range(K if chain else 1):                   # later priors read what earlier ones drew
@@ -269,7 +269,9 @@ def confidence(probs, remask):
     lead over the second.
     """
     top = probs.topk(min(2, probs.shape[-1]), dim=-1).values
-    return top[..., 0] - top[..., 1] if remask == "margin" and top.shape[-1] > 1 else top[..., 0]
+    if remask == "margin" and probs.shape[-1] > 1:
+        return top[..., 0] - top[..., 1]
+    return top[..., 0]
 
 
 def draw_tokens(logits, temperature, u):
@@ -316,16 +318,17 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     model: in eval mode. Raises ValueError on an impossible choice.
     """
     temperature = default_temperature(model, latent) if temperature is None else temperature
-    if remask not in REMASK or latent not in LATENT:
-        raise ValueError(f"{remask!r} is not one of {REMASK}, or {latent!r} not one of {LATENT}")
+    for value, known in ((remask, REMASK), (latent, LATENT)):
+        if value not in known:
+            raise ValueError(f"{value!r} is not one of {known}")
     if not 1 <= nfe <= 10**6 or not 0 <= temperature < math.inf:
         raise ValueError(f"nfe {nfe} must lie in 1..10^6, temperature {temperature} be at least 0")
     (B, L), r, Z = x.shape, model.block_size, 0 if latent == "none" else model.latent_dim
     if L % r:
         raise ValueError(f"length {L} is no multiple of the block size {r}")
     K, size = L // r, getattr(model, "seq_len", L) // r  # blocks in all, of a window,
-    keep = size // 2                                     # kept by the next window
-    if K > size and not keep:
+    overlap = size // 2                                  # given to the next window
+    if K > size and not overlap:
         raise ValueError(f"length {L} is beyond the {size * r} tokens that the model was made for, "
                          "and with one block there is nothing to go on from")
     draws = 1 if latent in ("fixed", "none") else nfe    # latents of a block, one after the other
@@ -334,18 +337,19 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     out = []
     for part in x.split(batch_size or B):
         part = part.clone()
-        noise = [*sampler_noise(len(part), K, r, Z, draws, generator, x.device),
-                 *sampler_noise(len(part), K, 1, Z, latent_draws - 1, second, x.device)]
-        for first in range(0, max(1, K - keep), size - keep):
+        noise = sampler_noise(len(part), K, r, Z, draws, generator, x.device)
+        rivals = sampler_noise(len(part), K, 1, Z, latent_draws - 1, second, x.device)
+        for first in range(0, max(1, K - overlap), size - overlap):
             blocks, window = slice(first, first + size), slice(first * r, (first + size) * r)
-            _sample(model, part[:, window], [v[:, blocks] for v in noise], nfe, remask, temperature,
-                    latent, (lambda: on_step(part.clone())) if on_step else None)
+            _sample(model, part[:, window], [v[:, blocks] for v in noise],
+                    [v[:, blocks] for v in rivals], nfe, remask, temperature, latent,
+                    (lambda: on_step(part.clone())) if on_step else None)
         out.append(part)
     return torch.cat(out)
 
 
 def sampler_noise(B, K, r, Z, draws, generator, device):
-    """eps (B, K, draws, Z) normal; uniform: picks (B, K, draws), u and order (B, K, r).
+    """Uniform u and order (B, K, r), picks (B, K, draws); normal eps (B, K, draws, Z).
 
     float64 uniforms are drawn one by one: those of a row do not depend on the rows behind it. u
     stays float64, see `draw_tokens`.
@@ -354,7 +358,7 @@ def sampler_noise(B, K, r, Z, draws, generator, device):
     u, order, picks, eps = noise.split([r, r, draws, draws * Z], dim=2)
     eps = torch.special.ndtri(eps.clamp(min=1e-300)).float().view(B, K, draws, Z)
     u = u if device.type == "mps" else u.to(device)      # mps has no float64
-    return eps.to(device), picks.float().to(device), u, order.float().to(device)
+    return u, order.float().to(device), picks.float().to(device), eps.to(device)
 
 
 def draw_z(model, x, zs, eps, pick, guess=None):
@@ -385,8 +389,8 @@ def choose_z(model, x, zs, candidates, choice):
     z, r, V = candidates[:, :1], model.block_size, model.vocab_size
     if candidates.shape[1] == 1:
         return z
-    given = (x[:, -r:] < V).sum(1)
-    rows = ((given > 0) & (given < r)).nonzero()[:, 0]
+    known = (x[:, -r:] < V).sum(1)
+    rows = ((known > 0) & (known < r)).nonzero()[:, 0]
     if len(rows) == 0:
         return z
     x, zs, candidates = x[rows], zs[rows], candidates[rows]      # of n rows
@@ -403,16 +407,17 @@ def choose_z(model, x, zs, candidates, choice):
     return z.index_copy(0, rows, candidates.gather(1, chosen))
 
 
-def _sample(model, x, noise, nfe, remask, temperature, latent, on_step):
-    """Fills x (B, L) in place. noise: of `sampler_noise`, and once more, with r = 1, of the rivals
-    of each block's first z and, as its last part, of the choice among them."""
+def _sample(model, x, noise, rivals, nfe, remask, temperature, latent, on_step):
+    """Fills x (B, L) in place. noise, rivals: of `sampler_noise`, the second, with r = 1, of the
+    rivals of each block's first z and, in place of an order, of the choice among them."""
     V, r = model.vocab_size, model.block_size
-    eps, picks, u, order, rival_eps, rival_picks, _, choice = noise
+    (u, order, picks, eps), (_, choice, rival_picks, rival_eps) = noise, rivals
     first_eps = torch.cat([eps[:, :, :1], rival_eps], dim=2)             # (B, K, R, Z)
     first_picks = torch.cat([picks[:, :, :1], rival_picks], dim=2)       # (B, K, R)
     cache = model.new_cache() if hasattr(model, "decode_block") else None
     zs = eps[:, :0, 0] if eps.shape[-1] else None        # (B, b, Z), of the blocks so far
-    counts = (x == V).view(len(x), -1, r).sum(-1).T.cpu()        # R = 1: all that is read back
+    # with R = 1 nothing else is read back from the device
+    counts = (x == V).view(len(x), -1, r).sum(-1).T.cpu()        # (K, B)
     for b, M in enumerate(counts):                       # M (B,): masks of each row
         so_far, before, guess = x[:, : (b + 1) * r], zs, None
         block = so_far[:, -r:]                           # views: x is filled in place
@@ -444,4 +449,6 @@ def _sample(model, x, noise, nfe, remask, temperature, latent, on_step):
                 on_step()
             if latent == "encoder":                      # x_0-hat
                 filled = torch.where(block == V, logits.argmax(-1), block)
-                guess = torch.cat([so_far[:, :-r], filled], dim=1)
+                new = torch.cat([so_far[:, :-r], filled], dim=1)
+                # a row that had nothing due keeps its own: it does not know of this evaluation
+                guess = new if guess is None else torch.where(due[:, None] > 0, new, guess)

@@ -4,7 +4,7 @@
     python eval.py --nfe 1 2 4 --remask prob margin --json result.json
     python eval.py --benchmark vocab_size=27 seq_len=256 block_size=4   # speed of a Config
 
-Metrics are printed in percent and written as fractions; losses are nats. --nfe counts evaluations
+Shares are printed in percent and written as fractions; losses are nats. --nfe counts evaluations
 per block: with two blocks, the paper's "B=2, NFE=4" is --nfe 2. Sudoku: exact, answers that are the
 puzzle's solution; valid, rules and clues kept; cell, of the cells to fill; each with its standard
 error.
@@ -190,8 +190,8 @@ def sample_rows(model, ds, a, judge=None):
 
         def draw(start):
             return sample(model, start.to(a.device), nfe, remask, temperature, latent, a.batch_size,
-                          torch.Generator().manual_seed(a.seed + 1), None,
-                          a.latent_draws).cpu()
+                          generator=torch.Generator().manual_seed(a.seed + 1),
+                          latent_draws=a.latent_draws).cpu()
 
         x = draw(start)
         first = x if first is None else first
@@ -209,7 +209,10 @@ def sample_rows(model, ds, a, judge=None):
 
 @torch.no_grad()
 def bound_rows(model, ds, a):
-    """printed, NELBO_N and IWAE on test data, each {bound, steps, nats, se}; nats per sequence."""
+    """printed, NELBO_N and IWAE on test data, each {bound, steps, nats, se}; nats per sequence.
+
+    Where no token is given also nats_per_token.
+    """
     x0, given = ds.batch(a.bound_num, torch.Generator().manual_seed(a.seed), "test")
     g = torch.Generator(a.device).manual_seed(a.seed + 2)    # not the stream that chose the data
     if len(x0) < 2:
@@ -222,13 +225,13 @@ def bound_rows(model, ds, a):
     for name, kind, steps in bounds:
         values = []
         for part in zip(x0.split(a.batch_size), given.split(a.batch_size)):
-            x, fixed = (v.to(a.device) for v in part)
+            x, known = (v.to(a.device) for v in part)
             if kind == "iwae":
-                values.append(iwae(model, x, steps, a.iwae, fixed, g))
+                values.append(iwae(model, x, steps, a.iwae, known, g))
             else:
                 noise = draw_noise(*x.shape, model.block_size, model.latent_dim, steps, T_MIN, g,
                                    a.device)
-                values.append(objective(model, x, noise, kind, given=fixed)[0])
+                values.append(objective(model, x, noise, kind, given=known)[0])
         v = torch.cat(values).cpu().double()
         row = dict(bound=name, steps=steps or None, nats=v.mean().item(),
                    se=v.std().item() / math.sqrt(len(v)))
@@ -276,7 +279,7 @@ def benchmark(a):
         timer = Timer("run()", globals=dict(run=runs[name]), num_threads=torch.get_num_threads())
         seconds[name].append(timer.timeit(1).median)     # after two calls that warm up
     for name, times in seconds.items():
-        least, median, most = (x0.numel() / s for s in sorted(times)[::-2])
+        least, _, median, _, most = sorted(x0.numel() / s for s in times)
         gflops = flop_of(runs[name]) * median / x0.numel() / 1e9
         share = gflops / (rows[0]["gflops"] if rows else gflops)         # the matmul comes first
         rows.append(dict(what=name, gflops=gflops, of_matmul=share,
@@ -354,7 +357,7 @@ def script(argv):
         raise ValueError("--iwae needs a finite --bound-steps, N above 0")
     model, ckpt = load_checkpoint(a.ckpt, a.device, a.loops)
     if a.latent == ["none"]:
-        model.latent_dim = 0                             # bounds and defaults without z, too
+        model.latent_dim = 0                             # so bounds and defaults are without z, too
     start, ds = time.time(), load_data(a, model, ckpt)
     fill_defaults(a, model, ds)
     two_tokens = ds.seq_len == 2 and ds.entropy is not None

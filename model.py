@@ -24,7 +24,7 @@ from torch import nn
 
 CONDITIONING = ("adaln", "shared", "add")
 POOLING = ("mean", "gated")
-PRIOR = ("standard", "block", "noised", "aggregate")
+PRIOR = ("standard", "block", "noised", "aggregate")  # see VMD.prior, mixture, param_counts
 LOGVAR_RANGE = (-12.0, 8.0)  # clamp: sigma from e^-6 to e^4
 # differs from the paper: sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
 LOGVAR_INIT = -4.0
@@ -74,9 +74,14 @@ class Config:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {values}")
 
 
-def norm(layer, x):
-    """LayerNorm in float32 whatever the autocast dtype. x (..., D) -> (..., D) float32."""
-    return F.layer_norm(x.float(), layer.normalized_shape, layer.weight.float(), None, layer.eps)
+class Norm(nn.LayerNorm):
+    """LayerNorm without bias, in float32 whatever the autocast dtype: (..., D) -> float32."""
+
+    def __init__(self, D):
+        super().__init__(D, bias=False)
+
+    def forward(self, x):
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), None, self.eps)
 
 
 def rotary(position, d):
@@ -106,7 +111,7 @@ class Layer(nn.Module):
     def __init__(self, D, H):
         super().__init__()
         self.heads = H
-        self.norm1, self.norm2 = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
+        self.norm1, self.norm2 = Norm(D), Norm(D)
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.out = nn.Linear(D, D, bias=False)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU("tanh"), nn.Linear(4 * D, D))
@@ -120,7 +125,7 @@ class Layer(nn.Module):
         """
         B, S, r, D = h.shape
         g1, b1, a1, g2, b2, a2 = (self.ada + mod).unbind(-2)     # each (B, S, 1, D) or (1, 1, 1, D)
-        qkv = self.qkv(norm(self.norm1, h) * (1 + g1) + b1)      # (B, S, r, 3D)
+        qkv = self.qkv(self.norm1(h) * (1 + g1) + b1)      # (B, S, r, 3D)
         qkv = qkv.view(B, S * r, 3, self.heads, -1).permute(2, 0, 3, 1, 4)     # (3, B, H, S r, d)
         q, k = rotate(qkv[:2], rope)
         y = attend(q, k, qkv[2])                                 # (B, H, S' r, d)
@@ -128,7 +133,7 @@ class Layer(nn.Module):
         if y.shape[1] < S:                                       # an axis of size 1 stays as it is
             h, a1, g2, b2, a2 = (u[:, -y.shape[1]:] for u in (h, a1, g2, b2, a2))
         h = h + a1 * self.out(y)
-        return h + a2 * self.mlp(norm(self.norm2, h) * (1 + g2) + b2)
+        return h + a2 * self.mlp(self.norm2(h) * (1 + g2) + b2)
 
 
 class Stack(nn.Module):
@@ -177,25 +182,26 @@ def two_streams(K, r, depth, device):
 
     A clean block sees clean blocks up to itself; a noisy block sees clean blocks before it, and
     itself. The last layer answers for noisy blocks only: nobody reads the clean ones after it.
-    Queries attend in chunks; the clean blocks before the last one of a chunk end at end - r.
+    Queries attend in chunks. The last block of a chunk that ends at `end` sees clean tokens up to
+    end - r.
     """
     block = torch.arange(K, device=device)
     if K == 1:
         return block, lambda i, q, k, v: F.scaled_dot_product_attention(q, k, v)
-    of = block.repeat_interleave(r)                      # the block of each token
+    block_of = block.repeat_interleave(r)                # (L,), of each token
     clean_len, size = (K - 1) * r, max(1, CHUNK // r) * r
     # chunks of whole blocks, each: where its queries are, where its keys, who sees whom
     clean, noisy = [], []
     for first in range(0, K * r, size):
         end = min(first + size, K * r)
         own = slice(clean_len + first, clean_len + end)
-        clean_before = of[: end - r] < of[first:end, None]
-        own_block = of[first:end] == of[first:end, None]
+        clean_before = block_of[: end - r] < block_of[first:end, None]
+        own_block = block_of[first:end] == block_of[first:end, None]
         noisy.append((own, [slice(end - r), own], torch.cat([clean_before, own_block], dim=1)))
-        end = min(end, clean_len)
-        if first < end:
-            clean_upto = of[:end] <= of[first:end, None]
-            clean.append((slice(first, end), [slice(end)], clean_upto))
+        clean_end = min(end, clean_len)
+        if first < clean_end:
+            clean_upto = block_of[:clean_end] <= block_of[first:clean_end, None]
+            clean.append((slice(first, clean_end), [slice(clean_end)], clean_upto))
 
     def attend(i, q, k, v):
         y = []
@@ -212,8 +218,8 @@ class Cache:
     """Sampling: keys and values of finished blocks, for `decode_block`."""
 
     def __init__(self):
-        self.kv = None                                   # (depth, 2, B, H, L, d), filled up to
-        self.blocks = 0                                  # this many blocks
+        self.kv = None                                   # (depth, 2, B, H, L, d)
+        self.done = 0                                    # blocks whose keys and values are in it
         self.z, self.conditions = None, []               # the latest z; conditioning of its blocks
 
     def attend(self, r, i, q, k, v):
@@ -221,15 +227,15 @@ class Cache:
 
         As `Stack` calls it. The last layer answers for the noisy block only.
         """
-        start, end = self.blocks * r, self.blocks * r + q.shape[2]
+        start, end = self.done * r, self.done * r + q.shape[2]
         self.kv[i, 0, :, :, start:end], self.kv[i, 1, :, :, start:end] = k, v
         k, v = self.kv[i, :, :, :, :end]
         if i == len(self.kv) - 1:
             q = q[:, :, -r:]
         if q.shape[2] == r:                              # the noisy block sees all
             return F.scaled_dot_product_attention(q, k, v)
-        of = torch.arange(end, device=q.device) // r     # the block of each token
-        return F.scaled_dot_product_attention(q, k, v, of <= of[start:, None])
+        block_of = torch.arange(end, device=q.device) // r
+        return F.scaled_dot_product_attention(q, k, v, block_of <= block_of[start:, None])
 
 
 class Encoder(nn.Module):
@@ -248,7 +254,7 @@ class Encoder(nn.Module):
         has_x0 = sees_x0 or c.seq_len > c.block_size     # else it had no gradient
         self.embed_x0 = nn.Embedding(c.vocab_size, c.width) if has_x0 else None
         self.stack = Stack(c.encoder_layers, c.width, c.heads, c.block_size, c.places)
-        self.norm = nn.LayerNorm(c.width, bias=False)
+        self.norm = Norm(c.width)
         self.gate = nn.Linear(c.width, 1, bias=False) if c.pooling == "gated" else None
         self.head = nn.Linear(c.width, 2 * c.latent_dim)
         with torch.no_grad():
@@ -264,7 +270,7 @@ class Encoder(nn.Module):
         if K > 1:
             h = torch.cat([self.embed_x0(x0[:, :-1]), h], dim=1)         # (B, 2K - 1, r, D)
         h = self.stack(h, *two_streams(K, r, self.stack.depth, h.device))[-1]
-        h = norm(self.norm, h)                                   # (B, K, r, D)
+        h = self.norm(h)                                   # (B, K, r, D)
         if self.gate is None:
             h = h.mean(dim=2)                                    # (B, K, D)
         else:
@@ -334,7 +340,7 @@ class VMD(nn.Module):
         self.block_size, self.latent_dim = c.block_size, c.latent_dim
         self.embed = nn.Embedding(c.vocab_size + 1, c.width)
         self.stack = Stack(c.layers, c.width, c.heads, c.block_size, c.places, c.loops)
-        self.norm = nn.LayerNorm(c.width, bias=False)
+        self.norm = Norm(c.width)
         self.head = nn.Linear(c.width, c.vocab_size)
         self.encoder = Encoder(c) if c.latent_dim else None
         self.conditioner = Conditioner(c) if c.latent_dim else None
@@ -355,13 +361,13 @@ class VMD(nn.Module):
             counts[parts.get(name.split(".")[0], "decoder")] += p.numel()
         return counts
 
-    def blocks(self, x):
+    def in_blocks(self, x):
         """(B, L') -> (B, L'/r, r); L' is a multiple of r."""
         return x.unflatten(1, (-1, self.block_size))
 
     def encode(self, xt, x0):
         """q(z^b | x_t^b, x_0^{<=b}). xt, x0 (B, L) ids -> mu, logvar (B, K, Z) float32."""
-        return self.encoder(self.blocks(xt), self.blocks(x0))
+        return self.encoder(self.in_blocks(xt), self.in_blocks(x0))
 
     def prior(self, xt, x0, z):
         """p(z^b) = N(0, I), p(z^b | z^{<b}) or p(z^b | x_t^b, x_0^{<b}), by config.prior.
@@ -372,11 +378,11 @@ class VMD(nn.Module):
             return torch.zeros_like(z), torch.zeros_like(z)
         if self.prior_reads_z:
             return self.prior_net(z)
-        return self.prior_net(self.blocks(xt), self.blocks(x0))
+        return self.prior_net(self.in_blocks(xt), self.in_blocks(x0))
 
     @property
     def mixture(self):
-        """(2, K, S, Z), the bank of the aggregate prior; None for others and in training, which is
+        """(2, K, J, Z), the bank of the aggregate prior; None for others and in training, which is
         against N(0, I)."""
         return None if self.training else self.bank
 
@@ -388,12 +394,12 @@ class VMD(nn.Module):
         several loops: (loops, B, L, V), those after each.
         # differs from the paper: it prints x_0^{<=b} for the decoder, which would give b away.
         """
-        x = self.blocks(xt)                                      # (B, K, r)
+        x = self.in_blocks(xt)                                      # (B, K, r)
         K, condition = x.shape[1], None if z is None else self.conditioner(z)
         if keep is not None:
             condition = (condition.flatten(2) * keep[..., None]).view_as(condition)
         if K > 1:                                                # 2K - 1 blocks, clean ones first
-            x = torch.cat([self.blocks(x0)[:, :-1], x], dim=1)
+            x = torch.cat([self.in_blocks(x0)[:, :-1], x], dim=1)
             condition = None if z is None else torch.cat([condition[:, :-1], condition], dim=1)
         streams = two_streams(K, self.block_size, self.stack.depth, x.device)
         every_loop = self.training and self.config.loops > 1
@@ -406,22 +412,22 @@ class VMD(nn.Module):
         x (B, b r) ids, z (B, b, Z) or None; of finished blocks both stay as they are. Those that
         the cache lacks run in this same pass. Raises ValueError beyond the config's length L.
         """
-        x, c = self.blocks(x), self.config                       # (B, b, r)
-        b, S = x.shape[1], x.shape[1] - cache.blocks
+        x, c = self.in_blocks(x), self.config                       # (B, b, r)
+        b, S = x.shape[1], x.shape[1] - cache.done
         if b * c.block_size > c.seq_len:
             raise ValueError(f"block {b} of {c.block_size} tokens is beyond the length "
                              f"{c.seq_len} that the model was made for")
         if cache.kv is None:
             shape = (self.stack.depth, 2, len(x), c.heads, c.seq_len, c.width // c.heads)
             cache.kv = self.embed.weight.new_empty(shape)
-        if z is not None and z is not cache.z:           # only the last block's may have changed
-            known = cache.conditions[: b - 1]
+        if z is not None and z is not cache.z:           # else nothing of it is new
+            known = cache.conditions[: b - 1]            # the last block's may have changed
             new = z[:, len(known) :].split(1, dim=1)
             cache.z, cache.conditions = z, known + [self.conditioner(u) for u in new]
         condition = None if z is None else torch.cat(cache.conditions[-S:], dim=1)
-        block = torch.arange(cache.blocks, b, device=x.device)
+        block = torch.arange(cache.done, b, device=x.device)
         logits = self.logits(x[:, -S:], condition, block, partial(cache.attend, c.block_size))
-        cache.blocks = b - 1
+        cache.done = b - 1
         return logits[:, 0]
 
     def logits(self, x, condition, block, attend, every_loop=False):
@@ -436,7 +442,7 @@ class VMD(nn.Module):
             mods = condition[:, :, None].unbind(3)               # each (B, S, 1, 6, D)
         states = self.stack(h, block, attend, mods)              # each (B, S', r, D)
         h = torch.stack(states) if every_loop else states[-1]
-        return self.head(norm(self.norm, h)).float()
+        return self.head(self.norm(h)).float()
 
 
 def one_line(error):
@@ -456,9 +462,9 @@ def usable(device):
 def load_checkpoint(path, device="cpu", loops=None):
     """Reads a file of train.py, or any {"config", "model"} -> (model in eval mode, its dict).
 
-    loops: of the decoder; None: as many as in training.
     The averaged weights are taken where the run kept them. Only tensors and plain values are
     unpickled (weights_only=True); prefixes that DDP and torch.compile leave in names are removed.
+    loops: of the decoder; None: as many as in training.
     Raises FileNotFoundError, or ValueError if it is no checkpoint of this version.
     """
     if not os.path.isfile(path):

@@ -56,7 +56,8 @@ def build_parser():
     g.add_argument("--clues", type=natural,
                    help="Sudoku: show this many random cells of held-out boards; else as trained")
     p.add_argument("--show-steps", action="store_true",
-                   help="show the samples as they are unmasked, redrawn in place on a terminal")
+                   help="show the samples as they are unmasked, all at once, redrawn in place on a "
+                   "terminal")
     p.add_argument("--batch-size", type=count, default=1000,
                    help="sequences per network evaluation")
     p.add_argument("--seed", type=natural, default=0, help="same seed, same samples")
@@ -114,8 +115,7 @@ def show_boards(puzzles, answers, path):
         with open(path, "w", encoding="utf-8") as f:
             for puzzle, answer in zip(puzzles.tolist(), answers.tolist()):
                 print("".join(map(str, puzzle)), "".join(map(str, answer)), sep=",", file=f)
-    kept = ((puzzles == 0) | (puzzles == answers)).all(1).numpy()
-    good = kept & ~data.violations(answers.numpy()).any(1)
+    good = data.solved(puzzles, answers)
     for puzzle, answer, solved in zip(puzzles, answers, good):
         print(f"{data.draw_boards(puzzle, answer)}\nsolved: {'yes' if solved else 'no'}\n")
     print(f"{good.sum()} of {len(good)} solved, {len(answers[good].unique(dim=0))} different")
@@ -142,23 +142,25 @@ def script(argv):
     if sudoku or args.get("prefix_len") and a.prompt is None:
         start, given, ds = to_fill(a, ckpt, model)
     else:
-        start = prompted(a, model, vocab)
+        start, given, ds = prompted(a, model, vocab), None, None
     on_step, batch_size = None, a.batch_size
     if a.show_steps:
         draw = partial(draw_unfinished, ds, given) if sudoku else (
             lambda x, before: data.show(x, V, vocab))
         on_step, batch_size = partial(show_step, draw, [start]), len(start)
     x = sample(model, start.to(a.device), nfe, remask, a.temperature, a.latent, batch_size,
-               torch.Generator().manual_seed(a.seed + 1), on_step, a.latent_draws).cpu()
+               generator=torch.Generator().manual_seed(a.seed + 1), on_step=on_step,
+               latent_draws=a.latent_draws).cpu()
     latent = a.latent if model.latent_dim else "none"
     print(f"# {args['dataset']}, step {ckpt.get('step')}, nfe {nfe} per block, remask {remask}, "
           f"temperature {a.temperature:g}, latent {latent}, seed {a.seed}", file=sys.stderr)
     if sudoku:
-        return show_boards(*ds.boards(x, given), a.out)
-    text = data.show(x, V, vocab)
-    if a.out:
-        Path(a.out).write_text(text + "\n", encoding="utf-8")
-    print(text)
+        show_boards(*ds.boards(x, given), a.out)
+    else:
+        text = data.show(x, V, vocab)
+        if a.out:
+            Path(a.out).write_text(text + "\n", encoding="utf-8")
+        print(text)
 
 
 main = partial(data.run_script, "sample.py", script)         # argv -> exit status

@@ -104,7 +104,9 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
         log_every=(100, count, "steps between log lines"),
         eval_every=(250, count, "steps between evaluations, each after a checkpoint")),
 }
-PRESETS = {  # what --preset and --prior change of FLAGS: for all data, then for one kind
+# What --preset, and --prior aggregate, change of FLAGS: for all data, then for one kind.
+# latent_hidden and pooling are fields of Config without a flag
+PRESETS = {
     # differs from the paper: small enough for two CPU cores; KL ramp, clipping, cosine decay,
     # averaged weights. A larger t_min spends the samples where z matters; a KL weight above 1
     # closes the holes that the posteriors leave in the prior (for pairs z is not worth a weight of
@@ -193,11 +195,11 @@ def parse(argv=None):
             changes = PRESETS.get(name, {})
             parser.set_defaults(**changes.get("all", {}) | changes.get(kind, {}))
     a = parser.parse_args(argv)
-    check(a, ckpt)
+    complete(a, ckpt)
     return a, ckpt
 
 
-def check(a, ckpt):
+def complete(a, ckpt):
     """Fills in the defaults that depend on others. Raises ValueError on what does not go together.
     """
     if a.kl_start is None:
@@ -252,7 +254,8 @@ def optimise(run, loss_fn, x0, given, noise, kl_weight, lr, rank, world):
         with torch.autocast(torch.device(a.device).type, torch.bfloat16,
                             enabled=a.dtype == "bfloat16"):
             values = loss_fn(run.model, x0[rows].to(a.device), noise[rows], a.objective, weight,
-                             given[rows].to(a.device), a.latent_dropout, a.full_mask_share)
+                             given=given[rows].to(a.device), dropout=a.latent_dropout,
+                             full_mask_share=a.full_mask_share)
         values = [v.mean() / n for v in values]
         (values[0] / x0.shape[1]).backward()             # nats per token
         terms = terms + torch.stack(values).detach()
@@ -281,7 +284,8 @@ def update_average(ema, model, decay, step):
 def evaluate(run, samples=None):
     """Validation loss at the final KL weight and active latent units; scores of samples: two dicts.
 
-    Nats per sequence. Own seeds: training's random streams are not touched.
+    Nats per sequence. samples: how many to score at most; of data that cannot be scored the second
+    dict is empty. Own seeds: training's random streams are not touched.
     """
     a, ds, model = run.a, run.ds, run.ema.eval()
     g, gd = torch.Generator().manual_seed(1), torch.Generator(a.device).manual_seed(2)
@@ -291,8 +295,8 @@ def evaluate(run, samples=None):
                        gd, a.device)
     terms = []
     for at in torch.arange(len(x0), device=a.device).split(max(1, a.batch_size // a.grad_accum)):
-        terms.append(objective(model, x0[at], noise[at], a.objective, a.kl_weight, given[at],
-                               a.latent_dropout))
+        terms.append(objective(model, x0[at], noise[at], a.objective, a.kl_weight,
+                               given=given[at], dropout=a.latent_dropout))
     loss, recon, kl = (torch.cat(v).mean().item() for v in zip(*terms))
     active = active_units(model, x0, given=given).tolist()
     losses = dict(loss=loss, recon=recon, kl=kl, active=active)
@@ -353,7 +357,7 @@ def setup(a, ckpt, world):
         dist.barrier()
     options = {k: getattr(a, k) for k in FLAGS["data"] if k != "dataset"}
     ds = data.load(a.dataset, ckpt and ckpt["vocab"], **options)
-    ds.about                                             # reads the data
+    ds.about                                             # reads, or generates, Sudoku's data
     if world > 1 and not local:
         dist.barrier()
     r = a.block_size or ds.seq_len
