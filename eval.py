@@ -249,7 +249,7 @@ def benchmark(a):
     types, values = {f.name: f.type for f in fields(Config) if f.type in (int, str)}, {}
     for pair in a.benchmark:
         name, _, value = pair.partition("=")
-        if name not in types:
+        if name not in types or types[name] is int and not value.isdecimal():
             raise ValueError(f"--benchmark: {pair} is not FIELD=VALUE with one of {list(types)}")
         values[name] = types[name](value)
     missing = {"vocab_size", "seq_len", "block_size"} - values.keys()
