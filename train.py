@@ -627,4 +627,10 @@ main = partial(data.run_script, "train.py", script)         # argv -> exit statu
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    # threads of gloo outlive its group, and now and then abort an interpreter that shuts down
+    if "WORLD_SIZE" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
