@@ -279,7 +279,8 @@ def benchmark(a):
         timer = Timer("run()", globals=dict(run=runs[name]), num_threads=torch.get_num_threads())
         seconds[name].append(timer.timeit(1).median)     # after two calls that warm up
     for name, times in seconds.items():
-        least, _, median, _, most = sorted(x0.numel() / s for s in times)
+        rates = sorted(x0.numel() / s for s in times)
+        least, median, most = rates[0], rates[2], rates[4]
         gflops = flop_of(runs[name]) * median / x0.numel() / 1e9
         share = gflops / (rows[0]["gflops"] if rows else gflops)         # the matmul comes first
         rows.append(dict(what=name, gflops=gflops, of_matmul=share,
