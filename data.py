@@ -64,7 +64,7 @@ KL_FLOOR = 1e-12  # least generated probability; the paper's 25.3 is log(0.1 / 1
 
 
 def choose_rows(have, n, split, generator=None):
-    """n numbers below `have`: to train on drawn with replacement, else different ones, or all."""
+    """n numbers of rows below `have`: for train with replacement, else different ones, or all."""
     if split == "train":
         return torch.randint(have, (n,), generator=generator)
     return torch.randperm(have, generator=generator)[:n]
@@ -321,7 +321,7 @@ def dig(solution, rng):
             found = c[cell, np.arange(len(b))] == digit[b]
             clues[cell[found], b[found]] = 0
             on = ~found & (c != before).any(0)
-            b, cell, c = b[on], cell[on], c[:, on]
+            b, cell, c = b[on], cell[on], np.compress(on, c, axis=1)     # it stays contiguous
     return np.where(clues.T, to_digits(solution), 0)
 
 
@@ -350,7 +350,7 @@ def solve(puzzles, limit=2):
     parts = np.array_split(np.arange(len(puzzles)), len(puzzles) // 1000 + 1)     # to fit memory
     stack = [(owner, to_bits(puzzles[owner])) for owner in parts]
     while stack:
-        owner, c = stack.pop()                           # no puzzle is in it twice
+        owner, c = stack.pop()                           # no puzzle is twice in an owner
         broken, solved = propagate(c)
         out[owner[solved]] = to_digits(c[:, :, solved])
         found[owner[solved]] += 1
@@ -842,7 +842,10 @@ def text_rows(name, length=None, data_path=None, alphabet=None, vocab=None, data
         if name == "text8":
             text, vocab = read_text8(data_dir), list(ALPHABET)
         else:                                            # with or without byte order mark
-            text = Path(data_path).read_text(encoding="utf-8-sig")
+            try:
+                text = Path(data_path).read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{data_path} is not UTF-8: {e}") from None
         if alphabet == "text8":
             text, vocab = to_text8(text), list(ALPHABET)
         vocab = vocab or sorted(set(text))

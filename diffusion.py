@@ -16,7 +16,7 @@ A model offers vocab_size V, block_size r, latent_dim Z (0: no latent), and
 It may offer
     seq_len                                     the longest sequence it reads; else any
     prior(xt, x0, z) -> mu, logvar (B, K, Z)    p(z^b | x_t^b, x_0^{<b}, z^{<b}); else N(0, I)
-    prior_reads_z                               true if that prior depends on z^{<b}
+    prior_reads_z, prior_reads_x                true if that prior depends on z^{<b}, on x_t^b
     mixture                                     (2, K, J, Z), means and log variances of J Gaussians
                                                 whose mean is p(z^b), in place of prior; or None
     new_cache(), decode_block(x, z, cache)      decode(x, x, z) of the last block, (B, r, V), with
@@ -49,7 +49,9 @@ class Noise:
     eps: torch.Tensor  # (B, K, Z) standard normal, of z
     pick: torch.Tensor  # (B, K) uniform: the component of a mixture prior
     drop: torch.Tensor  # (B, K) uniform: blocks that train without their latent
-    row: torch.Tensor  # (B,) 0, 1/B, 2/B, ...: what rows of a batch do, by micro-batches too
+    # (B,) 0, 1/B, 2/B, ...: a row's place in the whole batch, which says what dropout and
+    # full_mask_share do to it, in micro-batches too
+    row: torch.Tensor
 
     def __getitem__(self, rows):
         return Noise(*(v[rows] for v in vars(self).values()))
@@ -152,7 +154,7 @@ def draw_latent(model, xt, x0, eps, pick, active, closed_form=True):
     if not model.latent_dim:
         return None, torch.zeros(active.shape, device=active.device)
     K, mixture = eps.shape[1], getattr(model, "mixture", None)
-    encoded = model.encode(xt, x0)                       # as q and p: mean and log variance
+    encoded = model.encode(xt, x0)                       # (mean, log variance), as q and p
     z = encoded[0] + (0.5 * encoded[1]).exp() * eps
     chain = getattr(model, "prior_reads_z", False) and not active.all()
     for _ in range(K if chain else 1):                   # later priors read what earlier ones drew
@@ -255,11 +257,11 @@ def active_units(model, x0, threshold=0.01, given=None, batch_size=1000):
     if not model.latent_dim:
         return torch.zeros(x0.shape[1] // model.block_size, dtype=torch.long)
     xt = x0.masked_fill(not_given(x0, given), model.vocab_size)
-    added = []
+    shifts = []                                          # of q's mean against the prior's
     for part in zip(xt.split(batch_size), x0.split(batch_size)):
         mu = model.encode(*part)[0]
-        added.append(mu - prior_of(model, *part, mu)[0])         # (n, K, Z)
-    return (torch.cat(added).var(dim=0, correction=0) > threshold).sum(-1)
+        shifts.append(mu - prior_of(model, *part, mu)[0])         # (n, K, Z)
+    return (torch.cat(shifts).var(dim=0, correction=0) > threshold).sum(-1)
 
 
 def confidence(probs, remask):
@@ -308,21 +310,26 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     latent: fixed, one z ~ p per block; resample, a new one each step (E.1), given x_t if the prior
     reads it; encoder, after the first step z ~ q(z | x_t, x_0-hat), x_0-hat the argmax (E.4); none,
     no latent (of a model trained with dropout).
-    latent_draws: R; in rows with given tokens in a block z^b ~ p(z^b | given), see `choose_z`.
+    latent_draws: R; in rows with given tokens in a block its first z^b is one of R, chosen by them,
+    see `choose_z`; later ones, where there are any, are drawn as ever.
     generator: on the CPU. Row i depends on it and on i only, but for rounding in the network: not
     on B, not on batch_size.
     on_step(x): is called with the rows of a batch, (b, L), after each evaluation.
     A block model fills sequences longer than its own seq_len window by window: each begins with
-    the last half of the one before, in whole blocks, whose tokens are given (and whose z is the
-    same if it is fixed, N(0, I) and the only draw).
+    the last half of the one before, in whole blocks, whose tokens are given. (Their z is the one
+    that wrote them only if it is fixed, from N(0, I) and the only draw.)
     model: in eval mode. Raises ValueError on an impossible choice.
     """
     temperature = default_temperature(model, latent) if temperature is None else temperature
     for value, known in ((remask, REMASK), (latent, LATENT)):
         if value not in known:
             raise ValueError(f"{value!r} is not one of {known}")
-    if not 1 <= nfe <= 10**6 or not 0 <= temperature < math.inf:
-        raise ValueError(f"nfe {nfe} must lie in 1..10^6, temperature {temperature} be at least 0")
+    if not 1 <= nfe <= 10**6 or not 0 <= temperature < math.inf or latent_draws < 1:
+        raise ValueError(f"nfe {nfe} must lie in 1..10^6, temperature {temperature} be at least 0, "
+                         f"latent_draws {latent_draws} at least 1")
+    if latent_draws > 1 and getattr(model, "prior_reads_x", False):
+        raise ValueError("a prior that reads x_t (E.3) knows the given tokens already: latent_draws "
+                         f"must be 1, not {latent_draws}")
     (B, L), r, Z = x.shape, model.block_size, 0 if latent == "none" else model.latent_dim
     if L % r:
         raise ValueError(f"length {L} is no multiple of the block size {r}")
@@ -408,8 +415,11 @@ def choose_z(model, x, zs, candidates, choice):
 
 
 def _sample(model, x, noise, rivals, nfe, remask, temperature, latent, on_step):
-    """Fills x (B, L) in place. noise, rivals: of `sampler_noise`, the second, with r = 1, of the
-    rivals of each block's first z and, in place of an order, of the choice among them."""
+    """Fills x (B, L) in place. noise: of `sampler_noise`.
+
+    rivals: the same with r = 1, for the R - 1 further candidates of each block's first z; its
+    order is the uniform number by which `choose_z` chooses among all R.
+    """
     V, r = model.vocab_size, model.block_size
     (u, order, picks, eps), (_, choice, rival_picks, rival_eps) = noise, rivals
     first_eps = torch.cat([eps[:, :, :1], rival_eps], dim=2)             # (B, K, R, Z)

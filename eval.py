@@ -44,7 +44,8 @@ def build_parser():
                    help="array, text: the file, if it has moved since training; Sudoku: score on "
                    "all puzzles of this file instead of those held out")
     p.add_argument("--clues", type=natural,
-                   help="Sudoku: show this many random cells of test boards; else as trained")
+                   help="Sudoku: show this many random cells of test boards; else as trained, or "
+                   "the clues of --data-path")
     p.add_argument("--loops", type=count,
                    help="times that the decoder's layers run; else as in training")
     g = p.add_argument_group("samples: one row for each combination")
@@ -101,6 +102,7 @@ def load_data(a, model, ckpt):
             raise ValueError(f"most puzzles of {a.data_path} were trained on; without --data-path "
                              "those held out are scored")
         ds.test_set = torch.from_numpy(data.read_puzzles(a.data_path, ds.grid))
+        ds.clues = a.clues                               # None: its puzzles keep those they have
     return ds
 
 
@@ -288,7 +290,7 @@ def benchmark(a):
         tokens = f"{median:>12,.0f} tokens/s ({least:,.0f} to {most:,.0f})"
         print(f"{name:<20}{gflops:>8.1f} GFLOP/s {share:>5.0%}"
               + (tokens if name != "matmul" else ""))
-    return dict(config=values, batch_size=B, nfe=nfe, rows=rows, device=str(a.device),
+    return dict(config=values, batch_size=B, nfe=nfe, rows=rows, device=a.device,
                 threads=torch.get_num_threads())
 
 
@@ -367,8 +369,8 @@ def script(argv):
     rows, x = sample_rows(model, ds, a, judge)
     x0, given = ds.batch(min(a.bound_num, 5000), torch.Generator().manual_seed(a.seed), "test")
     active = active_units(model, x0.to(a.device), given=given.to(a.device), batch_size=a.batch_size)
-    result = dict(dataset=ds.name, checkpoint=str(a.ckpt), step=ckpt["step"], seed=a.seed,
-                  device=str(a.device), seconds=round(time.time() - start, 2),
+    result = dict(dataset=ds.name, checkpoint=a.ckpt, step=ckpt["step"], seed=a.seed,
+                  device=a.device, seconds=round(time.time() - start, 2),
                   params=model.param_counts(), latent_dim=model.latent_dim,
                   active_units=active.tolist(), train_args=ckpt["args"], eval_args=vars(a),
                   rows=rows, bounds=bounds)

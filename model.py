@@ -24,7 +24,7 @@ from torch import nn
 
 CONDITIONING = ("adaln", "shared", "add")
 POOLING = ("mean", "gated")
-PRIOR = ("standard", "block", "noised", "aggregate")  # see VMD.prior, mixture, param_counts
+PRIOR = ("standard", "block", "noised", "aggregate")  # see VMD.prior and VMD.mixture
 LOGVAR_RANGE = (-12.0, 8.0)  # clamp: sigma from e^-6 to e^4
 # differs from the paper: sigma = e^-2 at the start: a wide posterior lets the decoder ignore z
 LOGVAR_INIT = -4.0
@@ -139,10 +139,11 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     """Transformer layers over blocks of r tokens.
 
-    # differs from the paper: to RoPE comes a learned embedding of the place within the block. RoPE
-    # alone acts on attention scores only: where all values are equal, as in a fully masked first
-    # block, every position would get the same output, and one step could not write "3 4". Where
-    # `places` says so, positions share numbers: a board learns its rows, columns and boxes sooner.
+    # differs from the paper: beside RoPE there is a learned embedding of the place within the
+    # block. RoPE alone acts on attention scores only: where all values are equal, as in a fully
+    # masked first block, every position would get the same output, and one step could not write
+    # "3 4". Where `places` says so, positions share numbers: a board learns its rows, columns and
+    # boxes sooner.
     """
 
     def __init__(self, layers, D, H, r, places, loops=1):
@@ -223,9 +224,9 @@ class Cache:
         self.z, self.conditions = None, []               # the latest z; conditioning of its blocks
 
     def attend(self, r, i, q, k, v):
-        """New blocks of r, the last one noisy, each see the cached ones and the new up to theirs.
+        """Attention of new blocks of r, the last one noisy: each sees all before it, and itself.
 
-        As `Stack` calls it. The last layer answers for the noisy block only.
+        i, q, k, v: as `Stack` calls it. The last layer answers for the noisy block only.
         """
         start, end = self.done * r, self.done * r + q.shape[2]
         self.kv[i, 0, :, :, start:end], self.kv[i, 1, :, :, start:end] = k, v
@@ -251,7 +252,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.sees_x0, self.prefix_len = sees_x0, c.prefix_len
         self.embed_xt = nn.Embedding(c.vocab_size + 1, c.width)
-        has_x0 = sees_x0 or c.seq_len > c.block_size     # else it had no gradient
+        has_x0 = sees_x0 or c.seq_len > c.block_size     # else it gets no gradient
         self.embed_x0 = nn.Embedding(c.vocab_size, c.width) if has_x0 else None
         self.stack = Stack(c.encoder_layers, c.width, c.heads, c.block_size, c.places)
         self.norm = Norm(c.width)
@@ -344,7 +345,7 @@ class VMD(nn.Module):
         self.head = nn.Linear(c.width, c.vocab_size)
         self.encoder = Encoder(c) if c.latent_dim else None
         self.conditioner = Conditioner(c) if c.latent_dim else None
-        self.prior_reads_z = c.prior == "block"
+        self.prior_reads_z, self.prior_reads_x = c.prior == "block", c.prior == "noised"
         self.prior_net = None
         self.register_buffer("bank", None)
         if c.latent_dim and c.prior == "aggregate":      # means and log variances; zeros: N(0, I)
@@ -409,8 +410,9 @@ class VMD(nn.Module):
     def decode_block(self, x, z, cache):
         """Sampling form, decode(x, x, z) of the last block -> logits (B, r, V) float32.
 
-        x (B, b r) ids, z (B, b, Z) or None; of finished blocks both stay as they are. Those that
-        the cache lacks run in this same pass. Raises ValueError beyond the config's length L.
+        x (B, b r) ids, z (B, b, Z) or None; of finished blocks both are the same in every call.
+        Finished blocks that the cache lacks run in this same pass. Raises ValueError beyond the
+        config's length L.
         """
         x, c = self.in_blocks(x), self.config                       # (B, b, r)
         b, S = x.shape[1], x.shape[1] - cache.done

@@ -128,7 +128,8 @@ PRESETS = {
             length=64, block_size=4, width=128, encoder_layers=2, latent_dim=8, conditioning="add",
             objective="nelbo", objective_steps=2, batch_size=64, steps=1000, lr=3e-3, t_min=1e-3,
             kl_weight=1.0, kl_start=0.1, kl_ramp=[0.1, 0.25])},
-    # Appendix C.1, C.2 and C.3. What the paper leaves open: heads, how t is kept from 0
+    # Appendix C.1, C.2 and C.3. What the paper leaves open: heads of synthetic data, how t is kept
+    # from 0; of text width, steps and averaged weights: as BD3-LM
     "paper": {
         "all": dict(                                     # kl_start None: as kl_weight
             layers=8, encoder_layers=2, batch_size=10_000, steps=2000, lr=1e-3, warmup=0,
@@ -138,7 +139,7 @@ PRESETS = {
             grid=9, layout="prefix", width=256, heads=8, layers=6, encoder_layers=4,
             latent_dim=128, latent_hidden=1, conditioning="shared", pooling="gated", places=False,
             batch_size=1024, steps=527_344, decay_from=0.0),
-        "text": dict(                                    # steps are BD3-LM's, the paper has none
+        "text": dict(
             block_size=4, width=256, heads=8, encoder_layers=4, latent_dim=128, conditioning="add",
             batch_size=512, steps=1_000_000, lr=3e-4, warmup=2500, ema=0.9999)},
     # A KL weight under which posteriors part cleanly, and rows trained on the latents of sampling.
@@ -281,11 +282,10 @@ def update_average(ema, model, decay, step):
 
 
 @torch.no_grad()
-def evaluate(run, samples=None):
-    """Validation loss at the final KL weight and active latent units; scores of samples: two dicts.
+def validate(run):
+    """Validation loss at the final KL weight, its terms, nats per sequence; active latent units.
 
-    Nats per sequence. samples: how many to score at most; of data that cannot be scored the second
-    dict is empty. Own seeds: training's random streams are not touched.
+    With seeds of its own, as `score`: training's random streams are not touched.
     """
     a, ds, model = run.a, run.ds, run.ema.eval()
     g, gd = torch.Generator().manual_seed(1), torch.Generator(a.device).manual_seed(2)
@@ -299,15 +299,18 @@ def evaluate(run, samples=None):
                                given=given[at], dropout=a.latent_dropout))
     loss, recon, kl = (torch.cat(v).mean().item() for v in zip(*terms))
     active = active_units(model, x0, given=given).tolist()
-    losses = dict(loss=loss, recon=recon, kl=kl, active=active)
-    if not ds.scored:
-        return losses, {}
-    how = data.SCORING[ds.name]
-    x0, given = ds.batch(samples or max(1, min(EVAL_SEQUENCES, how["num"] // 5)), g, "valid")
+    return dict(loss=loss, recon=recon, kl=kl, active=active)
+
+
+def score(run, num):
+    """Scores of `num` samples, or of as many as there are validation sequences."""
+    a, ds, model = run.a, run.ds, run.ema.eval()
+    how, g = data.SCORING[ds.name], torch.Generator().manual_seed(3)
+    x0, given = ds.batch(num, g, "valid")
     start = torch.where(given, x0, ds.vocab_size)
     x = sample(model, start.to(a.device), how["nfe"], how["remask"], generator=g,
                batch_size=max(a.batch_size, 2**16 // ds.seq_len)).cpu()
-    return losses, ds.metrics(x, x0, given)
+    return ds.metrics(x, x0, given)
 
 
 @dataclass
@@ -457,16 +460,18 @@ def announce(run):
     print("parameters: " + ", ".join(f"{k} {v:,}" for k, v in run.model.param_counts().items()))
     shown = [k for group in FLAGS if group not in ("data", "run") for k in FLAGS[group]]
     print("settings: " + " ".join(f"{k}={getattr(a, k)}" for k in shown))
-    if a.latent_dim and a.preset == "paper" and a.kl_start == a.kl_weight:
+    if a.latent_dim and a.preset == "paper" and a.kl_start == a.kl_weight >= 1:
         print("the KL weight is constant, with which z is likely to stay unused (posterior "
               "collapse); --kl-start 1e-3 ramps it up")
 
 
 def assess(run, log):
     """Evaluates and keeps the best checkpoint -> whether the latent, if there is one, is idle."""
-    losses, scores = evaluate(run)
+    result = validate(run)
+    if run.ds.scored:
+        num = min(EVAL_SEQUENCES, data.SCORING[run.ds.name]["num"] // 5)
+        result |= {f"sampled_{k}": v for k, v in score(run, num).items()}
     run.model.train()                                    # with --ema 0 it was run.ema
-    result = losses | {f"sampled_{k}": v for k, v in scores.items()}
     shown = [f"{k} {v:.4f}" for k, v in result.items() if isinstance(v, float)]
     units = result["active"]
     if run.a.latent_dim:
@@ -492,7 +497,7 @@ def explain_idle_latent(a):
 
 
 def progress_line(v, steps, tokens):
-    """A record of log.jsonl as a line for the terminal. steps: of the run, of so many tokens."""
+    """A record of log.jsonl as a line for the terminal. steps: of the run; tokens: of a step."""
     eta = timedelta(seconds=(steps - v["step"]) * tokens // v["tokens_per_second"])
     return (f"step {v['step']}/{steps}  loss {v['loss']:.4f}  recon {v['recon']:.4f}  "
             f"kl {v['kl']:.3f} x {v['kl_weight']:.2g}  lr {v['lr']:.1e}  "
@@ -592,8 +597,7 @@ def report(run):
         print(f"samples: python sample.py --ckpt {last}; bounds: eval.py")
         return
     how = data.SCORING[ds.name]
-    _, scores = evaluate(run, how["num"])
-    rows = {"this model" if a.latent_dim else "this baseline": scores}
+    rows = {"this model" if a.latent_dim else "this baseline": score(run, how["num"])}
     if ds.entropy is not None and run.model.block_size == ds.seq_len:
         rows["independent tokens"] = independent(ds)
     print(f"samples ({how['num']:,} at most), NFE {how['nfe']} per block, {how['remask']}")
