@@ -328,8 +328,8 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
         raise ValueError(f"nfe {nfe} must lie in 1..10^6, temperature {temperature} be at least 0, "
                          f"latent_draws {latent_draws} at least 1")
     if latent_draws > 1 and getattr(model, "prior_reads_x", False):
-        raise ValueError("a prior that reads x_t (E.3) knows the given tokens already: latent_draws "
-                         f"must be 1, not {latent_draws}")
+        raise ValueError("a prior that reads x_t (E.3) knows the given tokens already: "
+                         f"latent_draws must be 1, not {latent_draws}")
     (B, L), r, Z = x.shape, model.block_size, 0 if latent == "none" else model.latent_dim
     if L % r:
         raise ValueError(f"length {L} is no multiple of the block size {r}")
