@@ -128,7 +128,7 @@ def script(argv):
     model, ckpt = load_checkpoint(a.ckpt, usable(a.device), a.loops)
     args, vocab, V = ckpt.get("args", {"dataset": "array"}), ckpt.get("vocab"), model.vocab_size
     sudoku = args["dataset"] == "sudoku"
-    how = data.SCORING[args["dataset"]]
+    how = data.SCORING.get(args["dataset"], data.SCORING["array"])   # data of yours: rows of ids
     for flag, fits in (("puzzle", sudoku), ("clues", sudoku), ("prompt", not sudoku),
                        ("length", vocab is not None)):
         if getattr(a, flag) is not None and not fits:

@@ -2079,6 +2079,8 @@ def test_checkpoints_of_other_programs_are_read(tmp_path, user, capsys):
     assert len(user("sample", f"--ckpt {path} --num 3").splitlines()) == 3
     assert status_of(capsys, "eval", ["--ckpt", str(path)]) == 2
     assert status_of(capsys, "train", ["--resume", "--out", str(tmp_path)]) == 2
+    torch.save(dict(config=vars(m.config), model=prefixed, args={"dataset": "mine"}), path)
+    assert len(user("sample", f"--ckpt {path} --num 3").splitlines()) == 3
 
 
 def test_readme_examples_run_beside_the_files_they_import(trained, tmp_path):
