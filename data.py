@@ -378,7 +378,7 @@ def violations(boards):
 
 
 def held_out(solutions):
-    """Which boards (B, n n) are for testing, about one in 20 -> (B,).
+    """Which boards (B, n n) are for testing, about one in 20, of 4x4 one in six -> (B,).
 
     By a hash of the board with its digits renamed so that the first row reads 1..n.
     """
@@ -439,8 +439,8 @@ def read_boards(lines, n, name):
     size, foreign = n * n, re.compile(rf"[^0-{n}._*xX]")
     numbers, cells = [], bytearray()
     puzzle = solution = ""
-    # "the end" is a line that has no place in a board that is not finished
-    for number, line in enumerate(itertools.chain(lines, ["the end"]), 1):
+    # "end of file" is a line that has no place in a board that is not finished
+    for number, line in enumerate(itertools.chain(lines, ["end of file"]), 1):
         words = re.findall(r"[\w.*]+", line)
         boards = [w for w in words if len(FOREIGN.sub("", w)) > size / 2]   # or meant to be
         row, before = "".join(words), len(puzzle)
@@ -521,7 +521,7 @@ class Sudoku:
 
     layout: prefix, the paper's: puzzle, SEP = n + 1, solution, EOS = n + 2 (164 tokens for n = 9),
         of which the whole solution may be masked; board: the solution alone, its clues given.
-    clues: None, those of a puzzle with one solution; K, K random cells: many may be valid.
+    clues: None, those of a puzzle with one solution; a number of random cells: many may be valid.
     source: generated; shah (n = 9): downloaded to data_dir. data_path: a file instead.
     puzzles: how many to generate, default 100,000.
 

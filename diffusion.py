@@ -61,7 +61,7 @@ def draw_noise(B, L, r, Z, steps=0, t_min=1e-3, generator=None, device="cpu"):
     """The randomness of one draw of `objective` for x_0 (B, L) in blocks of r -> Noise.
 
     Stratified: of the B K values of t one lies in each of B K equal cells, in random order. steps:
-    0 for t uniform on (t_min, 1], N for t in {1/N, ..., 1}. t_min clips the weight 1/t.
+    0 for t uniform on (t_min, 1], N for t in {1/N, ..., 1}, whatever t_min.
     """
     K, kw = L // r, dict(generator=generator, device=device)
     cell = torch.randperm(B * K, **kw).view(B, K)
@@ -310,8 +310,8 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     latent: fixed, one z ~ p per block; resample, a new one each step (E.1), given x_t if the prior
     reads it; encoder, after the first step z ~ q(z | x_t, x_0-hat), x_0-hat the argmax (E.4); none,
     no latent (of a model trained with dropout).
-    latent_draws: R; in rows with given tokens in a block its first z^b is one of R, chosen by them,
-    see `choose_z`; later ones, where there are any, are drawn as ever.
+    latent_draws: R; where a block has given tokens R latents are drawn for its first step and one
+    is kept, see `choose_z`. Later ones (resample, encoder) are drawn one by one.
     generator: on the CPU. Row i depends on it and on i only, but for rounding in the network: not
     on B, not on batch_size.
     on_step(x): is called with the rows of a batch, (b, L), after each evaluation.
@@ -429,21 +429,21 @@ def _sample(model, x, noise, rivals, nfe, remask, temperature, latent, on_step):
     # with R = 1 nothing else is read back from the device
     counts = (x == V).view(len(x), -1, r).sum(-1).T.cpu()        # (K, B)
     for b, M in enumerate(counts):                       # M (B,): masks of each row
-        so_far, before, guess = x[:, : (b + 1) * r], zs, None
+        so_far, guess, past = x[:, : (b + 1) * r], None, zs      # past: None without latents
         block = so_far[:, -r:]                           # views: x is filled in place
-        if before is not None:
-            candidates = draw_z(model, so_far, before, first_eps[:, b], first_picks[:, b])
-            z = choose_z(model, so_far, before, candidates, choice[:, b])
-            zs = torch.cat([before, z], dim=1)
+        if past is not None:
+            candidates = draw_z(model, so_far, past, first_eps[:, b], first_picks[:, b])
+            z = choose_z(model, so_far, past, candidates, choice[:, b])
+            zs = torch.cat([past, z], dim=1)
         for i, n in enumerate(range(nfe, 0, -1)):
             due = M * n // nfe - M * (n - 1) // nfe      # what this step unmasks
             if not due.any():
                 continue
             due = due.to(x.device)
-            if i and before is not None and latent != "fixed":
-                new = draw_z(model, so_far, before, eps[:, b, i, None], picks[:, b, i, None], guess)
+            if i and past is not None and latent != "fixed":
+                new = draw_z(model, so_far, past, eps[:, b, i, None], picks[:, b, i, None], guess)
                 z = torch.where(due[:, None, None] > 0, new, z)          # others keep theirs
-                zs = torch.cat([before, z], dim=1)
+                zs = torch.cat([past, z], dim=1)
             if cache is not None:
                 logits = model.decode_block(so_far, zs, cache)           # (B, r, V)
             else:

@@ -49,7 +49,8 @@ class Config:
     latent_hidden: int = 4  # width of the hidden layers of z's MLP, in units of D
     conditioning: str = "adaln"  # how z enters the decoder: adaln (C.1), shared (C.2), add (C.3)
     pooling: str = "mean"  # how the encoder summarises a block: mean (C.1) or gated (C.2)
-    # N(0, I); block p(z^b | z^{<b}) (E.2); noised p(z^b | x_t^b, x_0^{<b}) (E.3); aggregate
+    # N(0, I); block p(z^b | z^{<b}) (E.2); noised p(z^b | x_t^b, x_0^{<b}) (E.3); aggregate,
+    # which is N(0, I) in train mode and until train.fill_bank is called
     prior: str = "standard"
     bank: int = 16384  # posteriors of the aggregate prior, shared out among the blocks
     prefix_len: int = 0  # tokens at the start that are never masked: gated pooling skips them
@@ -410,7 +411,8 @@ class VMD(nn.Module):
     def decode_block(self, x, z, cache):
         """Sampling form, decode(x, x, z) of the last block -> logits (B, r, V) float32.
 
-        x (B, b r) ids, z (B, b, Z) or None; of finished blocks both are the same in every call.
+        x (B, b r) ids, z (B, b, Z) or None, a new tensor where it has changed; of finished blocks
+        both are the same in every call.
         Finished blocks that the cache lacks run in this same pass. Raises ValueError beyond the
         config's length L.
         """

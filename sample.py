@@ -10,6 +10,7 @@
 """
 
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def build_parser():
                    help="sequences per network evaluation")
     p.add_argument("--seed", type=natural, default=0, help="same seed, same samples")
     p.add_argument("--out", type=output, metavar="FILE",
-                   help="also write the samples to this file; Sudoku: puzzle,answer on each line")
+                   help="also write the samples to this file, one a line; Sudoku: puzzle,answer")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="torch device")
     return p
@@ -97,6 +98,7 @@ def show_step(draw, states, x):
     """Prints x (n, L), ids after an evaluation, as draw(x, the state before); adds it to states."""
     x = x.cpu()
     if sys.stdout.isatty():
+        time.sleep(0.3)                                  # for the eye
         print("\033[H\033[J", end="")                    # clears the screen
     print(f"evaluation {len(states)}\n{draw(x, states[-1])}\n", flush=True)
     states.append(x)
@@ -126,8 +128,8 @@ def script(argv):
     a = build_parser().parse_args(argv)
     a.num = a.num or (1 if a.puzzle or a.show_steps else 10)
     model, ckpt = load_checkpoint(a.ckpt, usable(a.device), a.loops)
-    args, vocab, V = ckpt.get("args", {"dataset": "array"}), ckpt.get("vocab"), model.vocab_size
-    sudoku = args["dataset"] == "sudoku"
+    args, vocab = {"dataset": "array"} | ckpt.get("args", {}), ckpt.get("vocab")
+    V, sudoku = model.vocab_size, args["dataset"] == "sudoku"
     how = data.SCORING.get(args["dataset"], data.SCORING["array"])   # data of yours: rows of ids
     for flag, fits in (("puzzle", sudoku), ("clues", sudoku), ("prompt", not sudoku),
                        ("length", vocab is not None)):

@@ -1289,7 +1289,7 @@ def test_wrong_lines_of_puzzles_are_named(tmp_path):
     for lines, why in (
             ([p[:-1]], f"line 4: '{p[:40]}' has no place after 0 cells: a 9x9 puzzle has 81"),
             ([rows[0], rows[1] * 2], f"line 5: '{rows[1] * 2}' has no place after 9 cells"),
-            (rows[:8], "line 12: 'the end' has no place after 72 cells"),
+            (rows[:8], "line 12: 'end of file' has no place after 72 cells"),
             ([p, p[:-1] + "a"], f"line 5: '{p[:40]}' has no place after 0 cells"),
             ([f"{p},{swapped}"], "line 4: its solution breaks the rules"),
             ([f"{p},{other}"], "line 4: its solution changes a clue"),
@@ -1602,12 +1602,14 @@ def test_interrupted_and_resumed_training_is_bit_identical(tmp_path, monkeypatch
     assert a["step"] == b["step"] == 6 and same(a["model"], b["model"])
 
 
-def test_a_finished_run_resumes_to_itself_and_a_new_one_moves_it_aside(tmp_path, capsys):
+def test_a_finished_run_resumes_to_itself_or_longer_and_a_new_one_moves_it_aside(tmp_path, capsys):
     first = fast(tmp_path)["model"]
     assert same(first, resumed(tmp_path)["model"])
     assert not same(first, fast(tmp_path, "--seed 1")["model"])
     assert same(first, weights(tmp_path / "1")["model"])
     assert f"moved the earlier run in {tmp_path}" in capsys.readouterr().out
+    assert train.main(["--resume", "--steps", "8", "--out", str(tmp_path)]) == 0
+    assert weights(tmp_path)["step"] == 8
 
 
 def gradients(ckpt):
@@ -1999,6 +2001,7 @@ train --grad-accum 3 --batch-size 8 | not a multiple of
 train --device tpu9 | device 'tpu9'
 train --init-from out/last.pt | has width 16, not 64
 train --resume --lr 0.5 | --lr 0.5 contradicts
+train --resume --steps 1 | has done
 train --dataset sudoku --puzzles 1 --grid 4 | too few puzzles
 train --dataset sudoku --grid 6 --source shah | shah has 9x9 boards
 sample --ckpt none.pt | no checkpoint at none.pt
@@ -2086,8 +2089,10 @@ def test_checkpoints_of_other_programs_are_read(tmp_path, user, capsys):
 def test_readme_examples_run_beside_the_files_they_import(trained, tmp_path):
     text = (HERE / "README.md").read_text()
     blocks = [b for b in re.findall(r"(?:^    .*\n)+", text, re.M) if "\n    from " in "\n" + b]
-    needs = [re.findall(r"from (\w+) import", block) for block in blocks]
-    assert needs == [["model", "diffusion"], ["model"], ["diffusion"], ["data"]]    # each alone
+    for name in ("model", "diffusion", "data"):          # each alone
+        blocks.append(f"import {name}\nprint({name})")
+    needs = [re.findall(r"^ *(?:from|import) (model|diffusion|data)", b, re.M) for b in blocks]
+    assert len(blocks) == 6
     for i, (block, names) in enumerate(zip(blocks, needs)):
         folder = tmp_path / str(i)
         (folder / "out").mkdir(parents=True)

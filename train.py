@@ -66,7 +66,7 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
         objective=("vmd", ("vmd", "nelbo"), "vmd: Eqs. 6, 8; nelbo: a likelihood bound"),
         objective_steps=(0, natural, "N: t from {1/N, ..., 1}, as the N-step sampler has it; 0: t "
                          "uniform on (t_min, 1]"),
-        t_min=(0.2, share, "least t, above 0; clips the weight 1/t"),
+        t_min=(0.2, share, "least t, above 0, where t is uniform"),
         kl_weight=(1.3, positive, "weight of the KL at the end of its geometric ramp"),
         kl_start=(1e-3, positive, "weight before the ramp; constant where it equals --kl-weight, "
                   "the default of --preset paper"),
@@ -156,7 +156,7 @@ PRESETS = {
 
 LATENT_PARTS = ("encoder.", "conditioner.", "prior_net.", "bank")    # the baseline lacks these
 FREE_ON_RESUME = {"resume", "out", "data_path", "data_dir", "device", "compile", "log_every",
-                  "eval_every", "grad_accum"}
+                  "eval_every", "grad_accum", "steps"}
 EVAL_SEQUENCES = 2000  # at most, in an evaluation during training: it takes 6% of a run
 
 
@@ -205,6 +205,8 @@ def complete(a, ckpt):
     """
     if a.kl_start is None:
         a.kl_start = a.kl_weight
+    if a.data_path:
+        a.data_path = os.path.abspath(a.data_path)       # eval.py may run elsewhere
     a.device = usable(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_cuda = a.device.startswith("cuda")
     a.dtype = a.dtype or ("bfloat16" if on_cuda and a.dataset in TEXT else "float32")
@@ -220,6 +222,8 @@ def complete(a, ckpt):
         if k not in FREE_ON_RESUME and getattr(a, k) != was:
             raise ValueError(f"--{k.replace('_', '-')} {getattr(a, k)} contradicts the run to "
                              f"resume, which has {was}")
+    if ckpt and a.steps < ckpt["step"]:
+        raise ValueError(f"--steps {a.steps}: the run to resume has done {ckpt['step']} already")
     if ckpt and torch.device(a.device).type != torch.device(ckpt["args"]["device"]).type:
         raise ValueError(f"the run to resume used {ckpt['args']['device']}: its random streams "
                          f"cannot go on on {a.device}")
@@ -285,6 +289,7 @@ def update_average(ema, model, decay, step):
 def validate(run):
     """Validation loss at the final KL weight, its terms, nats per sequence; active latent units.
 
+    Of the objective without --full-mask-share, and with an aggregate prior where there is one.
     With seeds of its own, as `score`: training's random streams are not touched.
     """
     a, ds, model = run.a, run.ds, run.ema.eval()
