@@ -1947,6 +1947,7 @@ def test_every_dataset_and_choice_trains_samples_and_evaluates(user, capsys, fla
     one = settings["dataset"] in data.SYNTHETIC and settings["block_size"] == settings["seq_len"]
     assert ("independent tokens" in capsys.readouterr().out) == one     # what one step is beside
     for flag, value in zip(words[::2], words[1::2]):
+        value = os.path.abspath(value) if flag == "--data-path" else value
         assert str(settings[flag[2:].replace("-", "_")]) == value
     for latent in diffusion.LATENT:
         user("sample", f"--ckpt other/last.pt --latent {latent} --nfe 2")
