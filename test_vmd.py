@@ -1873,6 +1873,15 @@ def test_all_puzzles_of_a_file_are_scored(user, capsys):
     user("eval", file + "--bound-steps")
 
 
+def test_puzzles_that_were_trained_on_are_not_scored_wherever_one_is(user, capsys):
+    Path("mine.txt").write_text("\n".join(map(text_of, data.generate(4, 100)[0])))
+    fast("mine", "--dataset sudoku --grid 4 --data-path mine.txt")
+    Path("elsewhere").mkdir()
+    flags = "--ckpt ../mine/last.pt --data-path ../mine.txt".split()
+    with contextlib.chdir("elsewhere"):
+        assert status_of(capsys, "eval", flags, "were trained on") == 2
+
+
 @pytest.mark.parametrize("flags, pattern", [
     ("--prompt '3 _' --nfe 2", r"3 \d"), ("--prompt '3 4'", "3 4"),
     ("--prompt '* 4' --blank '*'", r"\d 4"), ("--ckpt txt/last.pt", ".{16}"),
