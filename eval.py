@@ -93,7 +93,7 @@ def build_parser():
 
 def load_data(a, model, ckpt):
     """The dataset that the checkpoint was trained on, or that the flags name instead."""
-    if "dataset" not in ckpt.get("args", {}):
+    if "data_path" not in ckpt.get("args", {}):
         raise ValueError(f"{a.ckpt} does not say what it was trained on: it can be sampled only")
     sudoku, trained_on = ckpt["args"]["dataset"] == "sudoku", ckpt["args"]["data_path"]
     ds = data.reload(ckpt, model, clues=a.clues, data_path=None if sudoku else a.data_path)

@@ -412,9 +412,8 @@ class VMD(nn.Module):
         """Sampling form, decode(x, x, z) of the last block -> logits (B, r, V) float32.
 
         x (B, b r) ids, z (B, b, Z) or None, a new tensor where it has changed; of finished blocks
-        both are the same in every call.
-        Finished blocks that the cache lacks run in this same pass. Raises ValueError beyond the
-        config's length L.
+        both are the same in every call. Finished blocks that the cache lacks run in this same pass.
+        Raises ValueError beyond the config's length L.
         """
         x, c = self.in_blocks(x), self.config                       # (B, b, r)
         b, S = x.shape[1], x.shape[1] - cache.done

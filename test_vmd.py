@@ -2094,6 +2094,7 @@ def test_checkpoints_of_other_programs_are_read(tmp_path, user, capsys):
     assert status_of(capsys, "train", ["--resume", "--out", str(tmp_path)]) == 2
     torch.save(dict(config=vars(m.config), model=prefixed, args={"dataset": "mine"}), path)
     assert len(user("sample", f"--ckpt {path} --num 3").splitlines()) == 3
+    assert status_of(capsys, "eval", ["--ckpt", str(path)], "sampled only") == 2
 
 
 def test_readme_examples_run_beside_the_files_they_import(trained, tmp_path):
@@ -2102,7 +2103,8 @@ def test_readme_examples_run_beside_the_files_they_import(trained, tmp_path):
     for name in ("model", "diffusion", "data"):          # each alone
         blocks.append(f"import {name}\nprint({name})")
     needs = [re.findall(r"^ *(?:from|import) (model|diffusion|data)", b, re.M) for b in blocks]
-    assert len(blocks) == 6
+    assert needs == [["model", "diffusion"], ["data", "diffusion", "model"], ["diffusion"],
+                     ["model"], ["diffusion"], ["data"]]
     for i, (block, names) in enumerate(zip(blocks, needs)):
         folder = tmp_path / str(i)
         (folder / "out").mkdir(parents=True)

@@ -93,7 +93,8 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
         ema=(0.998, share, "decay of averaged weights, which are what is evaluated; 0: none")),
     "run": dict(
         out=("out", str, "folder of checkpoints and log; an earlier run in it is moved aside"),
-        resume=(False, bool, "go on from last.pt in --out, bit for bit, with that run's settings"),
+        resume=(False, bool, "go on from last.pt in --out, bit for bit, with that run's settings; "
+                "a larger --steps trains longer"),
         init_from=(None, str, "checkpoint whose decoder to start from (E.5)"),
         freeze_decoder=(False, bool, "with --init-from: train only encoder and latent pathway"),
         seed=(0, natural, "of weights, data and noise"),
