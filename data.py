@@ -1033,8 +1033,8 @@ def within(kind, low, high, words):
     return convert
 
 
-count = within(int, 1, 10**9, "whole number (1 or more)")
-natural = within(int, 0, 10**9, "whole number (0 or more)")
+count = within(int, 1, 10**9, "whole number (1 to 10^9)")
+natural = within(int, 0, 10**9, "whole number (0 to 10^9)")
 positive = within(float, 1e-30, 1e30, "number (above 0)")
 number = within(float, 0, 1e30, "number (0 or more)")
 share = within(float, 0, 1, "number (0 to 1)")

@@ -26,8 +26,8 @@ its last block for prior and decode, and the last of z is not yet drawn for prio
 
 Key: B batch, L length, r block size, K = L/r blocks, Z latent size, V vocabulary; N steps (network
 evaluations) per block. t runs from 0 (clean) to 1 (all masked): a token is masked with probability
-t. The mask has id V. Every loss is in nats, summed over the tokens of a sequence: one value per
-sequence, shape (B,).
+t. Ids are int64, the mask's is V. Every loss is in nats, summed over the tokens of a sequence: one
+value per sequence, shape (B,).
 """
 
 import math
@@ -327,7 +327,7 @@ def sample(model, x, nfe=1, remask="prob", temperature=None, latent="fixed", bat
     if not 1 <= nfe <= 10**6 or not 0 <= temperature < math.inf or latent_draws < 1:
         raise ValueError(f"nfe {nfe} must lie in 1..10^6, temperature {temperature} be at least 0, "
                          f"latent_draws {latent_draws} at least 1")
-    if latent_draws > 1 and getattr(model, "prior_reads_x", False):
+    if latent_draws > 1 and latent != "none" and getattr(model, "prior_reads_x", False):
         raise ValueError("a prior that reads x_t (E.3) knows the given tokens already: "
                          f"latent_draws must be 1, not {latent_draws}")
     (B, L), r, Z = x.shape, model.block_size, 0 if latent == "none" else model.latent_dim
@@ -385,7 +385,7 @@ def draw_z(model, x, zs, eps, pick, guess=None):
 
 
 def choose_z(model, x, zs, candidates, choice):
-    """In rows with given tokens in block b, one of R latents; elsewhere the first -> (B, 1, Z).
+    """Where block b has given tokens and masks, one of R latents; else the first -> (B, 1, Z).
 
     Sampling importance resampling (Rubin 1988): a latent is kept in proportion to the probability
     of the given tokens, each read off the fully masked block, so that R draws of p(z^b) become one

@@ -13,7 +13,6 @@ t runs from 0 (clean) to 1 (all masked). latent_dim = 0 is the baseline without 
 block), BD3-LM (several), autoregressive (r = 1).
 """
 
-import math
 import os
 from dataclasses import dataclass, fields
 from functools import partial
@@ -245,8 +244,8 @@ class Encoder(nn.Module):
 
     With sees_x0=False it does not see x_0^b: p(z^b | x_t^b, x_0^{<b}), the noised prior of E.3.
     # differs from the paper: position i of block b embeds x_t^i and x_0^i together, instead of the
-    # sequence [x_t ; x_0] of twice the length: what z^b may depend on is the same, at half the
-    # cost.
+    # sequence [x_t ; x_0] of twice the length: what z^b may depend on is the same, with one block
+    # at half the cost.
     """
 
     def __init__(self, c, sees_x0=True):
@@ -474,6 +473,10 @@ def load_checkpoint(path, device="cpu", loops=None):
         raise FileNotFoundError(f"no checkpoint at {path}; make one: python train.py")
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file makes torch.load raise almost anything, in many words
+        raise ValueError(f"{path} is no checkpoint that can be used: it is damaged, or holds more "
+                         "than tensors and plain values") from None
+    try:
         if ckpt.get("version", CHECKPOINT_VERSION) != CHECKPOINT_VERSION:
             raise ValueError(f"it has version {ckpt['version']}, this code {CHECKPOINT_VERSION}")
         weights = ckpt["model"] if ckpt.get("ema") is None else ckpt["ema"]
@@ -481,6 +484,6 @@ def load_checkpoint(path, device="cpu", loops=None):
                    for k, v in weights.items()}
         model = VMD(Config(**ckpt["config"] | ({"loops": loops} if loops else {})))
         model.load_state_dict(weights)
-    except Exception as e:  # a damaged file makes torch.load raise almost anything
+    except Exception as e:  # what another program has saved may lack anything
         raise ValueError(f"{path} is no checkpoint that can be used: {one_line(e)}") from None
     return model.to(device).eval(), ckpt

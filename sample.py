@@ -120,7 +120,11 @@ def show_boards(puzzles, answers, path):
     good = data.solved(puzzles, answers)
     for puzzle, answer, solved in zip(puzzles, answers, good):
         print(f"{data.draw_boards(puzzle, answer)}\nsolved: {'yes' if solved else 'no'}\n")
-    print(f"{good.sum()} of {len(good)} solved, {len(answers[good].unique(dim=0))} different")
+    boards = answers[good].unique(dim=0)
+    line = f"{good.sum()} of {len(good)} solved, {len(boards)} different"
+    if not puzzles.any():                                # the others may be learnt by heart
+        line += f", {data.held_out(boards.numpy()).sum()} of them held out"
+    print(line)
 
 
 def script(argv):

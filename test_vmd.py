@@ -1766,6 +1766,14 @@ def test_best_is_not_overwritten_by_worse(tmp_path, monkeypatch):
     assert best["step"] == 4 and best["best"] == 1.0
 
 
+def test_best_stays_when_a_finished_run_is_trained_longer(tmp_path, monkeypatch):
+    losses = iter([2.0, 1.0, 1.0])
+    monkeypatch.setattr(train, "validate", lambda run: dict(loss=next(losses, 9.0), active=[1]))
+    fast(tmp_path, "--eval-every 4")                         # evaluates after steps 4 and 6
+    assert train.main(["--resume", "--steps", "8", "--out", str(tmp_path)]) == 0
+    assert weights(tmp_path, "best.pt")["step"] == 6
+
+
 def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path, monkeypatch):
     def cut(*args):
         raise KeyboardInterrupt
@@ -1839,6 +1847,14 @@ def test_held_out_puzzles_are_solved_drawn_and_written(user):
 
 
 SOLVED = ["1234341221434321", "2134341212434321", "3214143223414123"]
+
+
+def test_boards_written_without_clues_are_counted_if_they_are_held_out(sudoku4, capsys):
+    ds = sudoku4(layout="board")
+    held, trained = ds.test_set[1, [0, 0]], ds.train_set[1, :1]
+    boards = torch.cat([held, trained, torch.ones_like(trained)])
+    sampling.show_boards(torch.zeros_like(boards), boards, None)
+    assert capsys.readouterr().out.endswith("3 of 4 solved, 2 different, 1 of them held out\n")
 
 
 def test_puzzles_of_ones_own_are_a_string_or_a_file(user):
@@ -2092,9 +2108,11 @@ def test_checkpoints_of_other_programs_are_read(tmp_path, user, capsys):
     assert len(user("sample", f"--ckpt {path} --num 3").splitlines()) == 3
     assert status_of(capsys, "eval", ["--ckpt", str(path)]) == 2
     assert status_of(capsys, "train", ["--resume", "--out", str(tmp_path)]) == 2
-    torch.save(dict(config=vars(m.config), model=prefixed, args={"dataset": "mine"}), path)
+    foreign = dict(args={"dataset": "mine"}, optimizer={})
+    torch.save(dict(config=vars(m.config), model=prefixed, **foreign), path)
     assert len(user("sample", f"--ckpt {path} --num 3").splitlines()) == 3
     assert status_of(capsys, "eval", ["--ckpt", str(path)], "sampled only") == 2
+    assert status_of(capsys, "train", ["--resume", "--out", str(tmp_path)], "not of train.py") == 2
 
 
 def test_readme_examples_run_beside_the_files_they_import(trained, tmp_path):

@@ -101,7 +101,7 @@ FLAGS = {  # group: flag=(default, type or choices, help). The defaults are thos
         device=(None, str, "torch device; else cuda where there is one, cpu elsewhere"),
         dtype=(None, ("float32", "bfloat16"), "autocast type; else bfloat16 for text on CUDA, "
                "float32 elsewhere"),
-        compile=(False, bool, "torch.compile the step"),
+        compile=(False, bool, "torch.compile the objective"),
         log_every=(100, count, "steps between log lines"),
         eval_every=(250, count, "steps between evaluations, each after a checkpoint")),
 }
@@ -188,8 +188,8 @@ def parse(argv=None):
     parser, ckpt = build_parser(), None
     if first.resume:
         ckpt = load_checkpoint(Path(first.out) / "last.pt")[1]
-        if "optimizer" not in ckpt:
-            raise ValueError(f"{first.out}/last.pt holds a model only: it cannot be resumed")
+        if "rng" not in ckpt:
+            raise ValueError(f"{first.out}/last.pt is not of train.py: it cannot be resumed")
         parser.set_defaults(**ckpt["args"] | {"out": first.out})     # it may have been moved
     else:
         kind = "text" if first.dataset in TEXT else first.dataset
@@ -534,7 +534,8 @@ def train(a, ckpt, rank, world):
     begin, idle = run.step, False
     start = time.time() - run.seconds
     with stop_signals() as stop:
-        if rank == 0 and ckpt and (begin % ckpt["args"]["eval_every"] == 0 or begin == a.steps):
+        if rank == 0 and ckpt and (begin % ckpt["args"]["eval_every"] == 0
+                                   or begin in (a.steps, ckpt["args"]["steps"])):
             assess(run, log)                             # a kill may have cut it off
         since, logged = time.time(), begin               # of the last line: when, and its step
         sums = torch.zeros(4, device=a.device)           # since then
