@@ -724,7 +724,9 @@ def test_given_tokens_choose_z_from_its_posterior():
     some, none = (diffusion.sample(m, masks, latent_draws=R, generator=gen(0)) for R in (3, 1))
     assert (some == none).all()
     refused("latent_draws 0 at least 1", diffusion.sample, m, masks, latent_draws=0)
-    refused("knows the given tokens", diffusion.sample, tiny(prior="noised"), masks, latent_draws=3)
+    noised = tiny(prior="noised")
+    refused("knows the given tokens", diffusion.sample, noised, masks, latent_draws=3)
+    diffusion.sample(noised, masks, latent="none", latent_draws=3)       # no z is drawn
 
 
 def test_the_bank_is_of_training_sequences_and_survives_a_resume(tmp_path):
@@ -2096,6 +2098,9 @@ def test_a_bad_checkpoint_is_named_and_runs_nothing(tmp_path):
     (tmp_path / "noise").write_bytes(bytes(range(256)) * 2)
     for name in (*bad, "noise"):
         refused(f"{name} is no checkpoint that can be used", load_checkpoint, tmp_path / name)
+    for name in ("bomb", "noise"):                       # not torch's advice to load it anyway
+        refused(f"{name} is no checkpoint that can be used: it is damaged", load_checkpoint,
+                tmp_path / name)
     assert not (tmp_path / "pwned").exists()
 
 
