@@ -124,16 +124,18 @@ class Layer(nn.Module):
         tokens. attend: q, k, v (B, H, S r, d) -> (B, H, S' r, d); who sees whom is its business.
         """
         B, S, r, D = h.shape
-        g1, b1, a1, g2, b2, a2 = (self.ada + mod).unbind(-2)     # each (B, S, 1, D) or (1, 1, 1, D)
-        qkv = self.qkv(self.norm1(h) * (1 + g1) + b1)      # (B, S, r, 3D)
+        first, second = (self.ada + mod).split(3, dim=-2)        # (B, S, 1, 3, D), or B, S of 1
+        gamma, beta, alpha = first.unbind(-2)                    # each (B, S, 1, D)
+        qkv = self.qkv(self.norm1(h) * (1 + gamma) + beta)       # (B, S, r, 3D)
         qkv = qkv.view(B, S * r, 3, self.heads, -1).permute(2, 0, 3, 1, 4)     # (3, B, H, S r, d)
         q, k = rotate(qkv[:2], rope)
         y = attend(q, k, qkv[2])                                 # (B, H, S' r, d)
         y = y.transpose(1, 2).reshape(B, -1, r, D)
         if y.shape[1] < S:                                       # an axis of size 1 stays as it is
-            h, a1, g2, b2, a2 = (u[:, -y.shape[1]:] for u in (h, a1, g2, b2, a2))
-        h = h + a1 * self.out(y)
-        return h + a2 * self.mlp(self.norm2(h) * (1 + g2) + b2)
+            h, alpha, second = (u[:, -y.shape[1]:] for u in (h, alpha, second))
+        h = h + alpha * self.out(y)
+        gamma, beta, alpha = second.unbind(-2)
+        return h + alpha * self.mlp(self.norm2(h) * (1 + gamma) + beta)
 
 
 class Stack(nn.Module):
